@@ -1,0 +1,18 @@
+"""`python -m hf_models [PATTERN]` lists the zoo: name, parameters, paper."""
+
+import sys
+
+from .zoo import ZOO, count_parameters, list_models
+
+
+def main(pattern: str = "*"):
+    names = list_models(pattern)
+    if not names:
+        sys.exit(f"no model matches {pattern!r}")
+    print(f"{'name':<14} {'parameters':>16}  paper")
+    for name in names:
+        print(f"{name:<14} {count_parameters(name):>16,}  {ZOO[name].paper}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,431 @@
+"""GPT: the decoder stack alone, trained to predict the next token (Radford et al. 2018, 2019; Brown et al. 2020).
+
+h_0 = W_e[tokens] + W_p[positions]
+h_l = block(h_(l-1)),  l = 1..L,  each token seeing itself and those before it
+p(next token) = softmax(W_e norm(h_L))
+
+B batch, T tokens, D hidden size, H head size, V vocabulary
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .base import TransformerConfig, ZooPreTrainedModel
+from .layers import TransformerStack, linear_cross_entropy, make_norm, rotary_angles, sinusoidal_encoding
+
+
+@strict
+class ZooGPTConfig(TransformerConfig):
+    """A GPT. The defaults are GPT-2 small; GPT-2's own spellings (`n_embd`, `n_layer`, ...) are understood.
+
+    Args:
+        vocab_size: number of tokens V.
+        num_hidden_layers: number of blocks L.
+        max_position_embeddings: longest sequence the model was made for.
+        position_embedding_type: `learned` vectors (GPT-1 to GPT-3), `sinusoidal` (Vaswani et al. 2017), or `rotary`
+            (Su et al. 2021) with base `rope_theta`.
+        embedding_dropout: dropout on the sum of token and position embeddings.
+        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
+
+    `TransformerConfig` explains the rest.
+    """
+
+    model_type = "zoo_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "norm_eps",
+        "resid_pdrop": "hidden_dropout",
+        "attn_pdrop": "attention_dropout",
+        "embd_pdrop": "embedding_dropout",
+    }
+    family_auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "gpt.ZooGPTConfig",
+        "AutoModel": "gpt.ZooGPTModel",
+        "AutoModelForCausalLM": "gpt.ZooGPTForCausalLM",
+        "AutoModelForSequenceClassification": "gpt.ZooGPTForSequenceClassification",
+    }
+    _auto_class = "AutoConfig"
+    stock_model_type = "gpt2"
+
+    vocab_size: int = 50257
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 1024
+    position_embedding_type: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    rope_theta: float | int = 10000.0
+    hidden_act: str = "gelu_new"
+    residual_init: Literal["normal", "scaled", "zero"] = "scaled"
+    embedding_dropout: float | int = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # A stock config may ask for arithmetic that this model does not do: refuse it rather than load it wrongly.
+        for option, supported in UNSUPPORTED_STOCK_OPTIONS.items():
+            if kwargs.pop(option, supported) != supported:
+                raise ValueError(f"a GPT-2 config with {option} other than {supported} has no equal in ZooGPT")
+        super().__post_init__(**kwargs)
+
+    def validate_positions(self):
+        """Checks that the chosen positions fit the sizes."""
+        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
+
+
+UNSUPPORTED_STOCK_OPTIONS = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+
+
+class ZooGPTPreTrainedModel(ZooPreTrainedModel):
+    config_class = ZooGPTConfig
+    base_model_prefix = "transformer"
+    _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # GPT-2's saved causal masks
+
+    def stock_class_and_config(self):
+        import transformers
+
+        config = self.config
+        required = {
+            "norm": "layernorm",
+            "norm_position": "pre",
+            "qk_norm": False,
+            "use_bias": True,
+            "position_embedding_type": "learned",
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+        }
+        for option, value in required.items():
+            if getattr(config, option) != value:
+                raise ValueError(f"GPT-2 has no {option}={getattr(config, option)!r} (only {value!r})")
+        if config.hidden_act == "swiglu":
+            raise ValueError("GPT-2 has no hidden_act='swiglu'")
+        stock = transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            tie_word_embeddings=config.tie_word_embeddings,
+            initializer_range=config.initializer_range,
+            id2label=config.id2label,
+            label2id=config.label2id,
+            problem_type=config.problem_type,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            **{stock_name: getattr(config, field) for stock_name, field in config.attribute_map.items()},
+        )
+        return getattr(transformers, self.stock_class_name), stock
+
+
+class ZooGPTModel(ZooGPTPreTrainedModel):
+    """Token ids to one vector per token: embeddings, blocks, final norm."""
+
+    _auto_class = "AutoModel"
+    stock_class_name = "GPT2Model"
+
+    def __init__(self, config: ZooGPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = TransformerStack(config, config.num_hidden_layers, is_causal=True)
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
+            attention_mask: (B, S), 1 for real tokens and 0 for padding; or a ready (B, 1, T, S) mask.
+            position_ids: (B, T). Without a mask and a cache, positions that start again at 0 mark where one document
+                ends and the next begins: attention then stays within each.
+            past_key_values: cache of the keys and values before these tokens.
+            use_cache: return such a cache.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
+                attention maps asked of a backend that does not form them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        self.check_output_attentions(kwargs.pop("output_attentions", False))
+        kwargs.pop("output_hidden_states", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
+        num_tokens = inputs_embeds.shape[1]
+        if self.embed_positions is not None and num_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{num_tokens} tokens, but max_position_embeddings is {self.config.max_position_embeddings}: "
+                "cut the input, or use a model with more positions"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given_position_ids = position_ids
+        if position_ids is None:
+            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + seen_tokens)[None]
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=given_position_ids,  # only what the caller gave can mark documents
+        )
+        hidden_states, rotary = inputs_embeds, None
+        if self.config.position_embedding_type == "rotary":
+            rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
+        elif self.config.position_embedding_type == "sinusoidal":
+            encoding = sinusoidal_encoding(position_ids, self.config.hidden_size)
+            hidden_states = inputs_embeds + encoding.to(inputs_embeds.dtype)
+        else:
+            hidden_states = inputs_embeds + self.embed_positions(position_ids)
+
+        hidden_states = self.layers(
+            self.dropout(hidden_states),
+            causal_mask,
+            rotary=rotary,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
+    """GPT with its language-model head: a score for every token of the vocabulary, at every place."""
+
+    _auto_class = "AutoModelForCausalLM"
+    stock_class_name = "GPT2LMHeadModel"
+    _tied_weights_keys = {"lm_head.weight": "transformer.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: ZooGPTConfig):
+        super().__init__(config)
+        self.transformer = ZooGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, T), usually `input_ids` themselves: the model shifts them, so that each place predicts the
+                next token; -100 is not scored.
+            shift_labels: (B, T), labels already shifted: entry t is what place t shall predict.
+            num_items_in_batch: what the summed loss is divided by; by default the number of scored places.
+            logits_to_keep: compute logits for the last that many places only (0: all), or for these indices.
+            return_logits: whether to return logits beside a loss. Default: not while training, where the (B, T, V)
+                tensor would be the largest of the whole step.
+
+        Returns:
+            `loss` if labels were given, `logits` (B, T, V) unless left out, `past_key_values`, and on request
+            `hidden_states` and `attentions`.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        has_labels = labels is not None or shift_labels is not None
+        if return_logits is None:
+            return_logits = not (has_labels and self.training)
+        loss = logits = None
+        if return_logits or not has_labels or not is_plain_linear(self.lm_head):
+            logits = self.lm_head(hidden_states)
+            if has_labels:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    shift_labels=shift_labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+        else:
+            if shift_labels is None:
+                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, 1),
+                self.lm_head.weight,
+                shift_labels.flatten().to(hidden_states.device),
+                num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
+    """GPT with a linear classifier on the last real token, the only one that has seen the whole text (Radford et al.
+    2018, section 3.2)."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    stock_class_name = "GPT2ForSequenceClassification"
+
+    def __init__(self, config: ZooGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ZooGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            attention_mask: (B, T); its last 1 in a row is the token that is classified. Without it, the last token
+                that is not `config.pad_token_id`.
+            labels: (B,) class ids; (B,) or (B, num_labels) numbers for regression; (B, num_labels) of 0 and 1 for
+                multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
+
+        Raises:
+            ValueError: several rows, but nothing tells where each ends.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
+        batch_size, num_tokens = logits.shape[:2]
+        places = torch.arange(num_tokens, device=logits.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_real = attention_mask[:, -num_tokens:].to(logits.device).bool()
+        elif self.config.pad_token_id is not None and input_ids is not None:
+            is_real = input_ids.to(logits.device) != self.config.pad_token_id
+        elif batch_size == 1:
+            is_real = torch.ones_like(places, dtype=torch.bool)[None]
+        else:
+            raise ValueError(
+                "cannot tell where each row ends: give attention_mask, or set config.pad_token_id, or use batch size 1"
+            )
+        last = (places * is_real).argmax(-1)  # (B,)
+        pooled_logits = logits[torch.arange(batch_size, device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is W x and nothing else: no adapter, no hook, no weight split over devices."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations")
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked
+
+
+# Stock GPT-2 key names and layouts, both ways. GPT-2 stores each matrix transposed, and query, key and value as one.
+register_checkpoint_conversion_mapping(
+    ZooGPTConfig.model_type,
+    [
+        WeightRenaming(r"wte\.weight", r"embed_tokens\.weight"),
+        WeightRenaming(r"wpe\.weight", r"embed_positions\.weight"),
+        WeightRenaming(r"(?<!\w)h\.", r"(?<!\w)layers\."),
+        WeightRenaming(r"\.ln_1\.", r"\.attention_norm\."),
+        WeightRenaming(r"\.ln_2\.", r"\.feed_forward_norm\."),
+        WeightRenaming(r"ln_f\.", r"(?<!\w)norm\."),
+        WeightConverter(
+            r"\.attn\.c_attn\.weight",
+            [rf"\.attention\.{name}_proj\.weight" for name in "qkv"],
+            operations=[Transpose(0, 1), Chunk(dim=0)],
+        ),
+        WeightConverter(
+            r"\.attn\.c_attn\.bias",
+            [rf"\.attention\.{name}_proj\.bias" for name in "qkv"],
+            operations=[Chunk(dim=0)],
+        ),
+        WeightConverter(r"\.attn\.c_proj\.weight", r"\.attention\.o_proj\.weight", operations=[Transpose(0, 1)]),
+        WeightRenaming(r"\.attn\.c_proj\.bias", r"\.attention\.o_proj\.bias"),
+        WeightConverter(r"\.mlp\.c_fc\.weight", r"\.feed_forward\.up_proj\.weight", operations=[Transpose(0, 1)]),
+        WeightRenaming(r"\.mlp\.c_fc\.bias", r"\.feed_forward\.up_proj\.bias"),
+        WeightConverter(r"\.mlp\.c_proj\.weight", r"\.feed_forward\.down_proj\.weight", operations=[Transpose(0, 1)]),
+        WeightRenaming(r"\.mlp\.c_proj\.bias", r"\.feed_forward\.down_proj\.bias"),
+    ],
+    overwrite=True,
+)

@@ -1,0 +1,401 @@
+"""The transformer, written once: attention, feed-forward, block, stack, and the ways to tell it about positions.
+
+Every model of this package composes these parts. The dimensions in shape comments:
+
+    B  batch          T  tokens (queries)      S  source tokens (keys and values)
+    D  hidden size    N  attention heads       H  size of one head
+    K  key/value heads, N = K x groups         V  vocabulary
+
+`config` is any `TransformerConfig` (see `base.py`), which lists the fields that are read here.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def squared_relu(hidden_states):
+    """max(0, x)^2 (So et al. 2021, "Primer")."""
+    return F.relu(hidden_states).square()
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # x Phi(x) (Hendrycks and Gimpel 2016)
+    "gelu_new": partial(F.gelu, approximate="tanh"),  # the approximation that GPT and GPT-2 were trained with
+    "relu": F.relu,
+    "relu2": squared_relu,
+    "silu": F.silu,
+    "swiglu": F.silu,  # of the gate, which then multiplies a second projection (Shazeer 2020)
+}
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, equation 1), as two matrix products and a softmax.
+
+    Args:
+        query: (B, N, T, H).
+        key, value: (B, K, S, H); each of the K heads serves N / K query heads.
+        attention_mask: None or a term added to the scores, broadcastable to (B, N, T, S): 0 where a token may be
+            attended to, the most negative number where not, or any bias.
+
+    Returns:
+        The output (B, T, N, H) and the attention probabilities (B, N, T, S).
+    """
+    batch, num_heads, num_tokens, head_dim = query.shape
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    # The query heads that share a key head are laid one below the other, so keys and values are never copied.
+    num_key_heads, num_sources = key.shape[1:3]
+    folded = (query * scaling).reshape(batch, num_key_heads, -1, head_dim)
+    scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, num_heads, num_tokens, num_sources)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = F.softmax(scores, dim=-1).to(value.dtype)
+    weights = F.dropout(probabilities, p=dropout, training=module.training) if dropout else probabilities
+    output = torch.matmul(weights.reshape(batch, num_key_heads, -1, num_sources), value)
+    return output.view(batch, num_heads, num_tokens, head_dim).transpose(1, 2), weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention: every token asks N questions of every source token (Vaswani et al. 2017, section 3.2.2).
+
+    One class serves self-attention, causal attention, cross-attention, grouped-query attention, rotary positions, and
+    DETR's separate position term on queries and keys. The product itself runs in the backend that transformers'
+    attention interface names: eager, sdpa, flash, flex or paged.
+    """
+
+    def __init__(self, config, layer_idx: int, *, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.use_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.use_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        *,
+        source_states=None,
+        rotary=None,
+        query_position=None,
+        key_position=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            hidden_states: (B, T, D), which ask.
+            source_states: (B, S, D), which answer; None for self-attention.
+            attention_mask: in the form of the backend in use (`create_causal_mask`, `create_bidirectional_mask`).
+            rotary: the pair from `rotary_angles`, or None.
+            query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
+                not before the value's (Carion et al. 2020, figure 10).
+            past_key_values: a transformers cache, which gets this call's keys and values and gives back all.
+
+        Returns:
+            The output (B, T, D), and the probabilities (B, N, T, S) or None where the backend does not form them.
+        """
+        source_states = hidden_states if source_states is None else source_states
+        query = self.q_proj(hidden_states if query_position is None else hidden_states + query_position)
+        key = self.k_proj(source_states if key_position is None else source_states + key_position)
+        query = self._split_heads(query)  # (B, N, T, H)
+        key = self._split_heads(key)  # (B, K, S, H)
+        value = self._split_heads(self.v_proj(source_states))
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights  # (B, T, N, H) -> (B, T, D)
+
+    def _split_heads(self, projected):
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------- feed-forward, norms, block
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), the same for every token (Vaswani et al. 2017, section 3.3), or with `swiglu`
+    down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.gate_proj = None
+        if config.hidden_act == "swiglu":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+
+    def forward(self, hidden_states):
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden_states)))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def make_norm(config) -> nn.Module:
+    """LayerNorm, g (x - mean) / sqrt(var + eps) + b (Ba et al. 2016, equation 4), or
+    RMSNorm, g x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
+
+
+class TransformerBlock(GradientCheckpointingLayer):
+    """Self-attention, optionally cross-attention, feed-forward; each around a residual connection.
+
+    `norm_position` decides where a sublayer f is normalised:
+        post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1);
+        pre:  x + f(norm(x)) (Xiong et al. 2020, figure 1).
+    """
+
+    def __init__(self, config, layer_idx: int, *, is_causal: bool = False, cross_attention: bool = False):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.attention = MultiHeadAttention(config, layer_idx, is_causal=is_causal)
+        self.attention_norm = make_norm(config)
+        self.cross_attention = MultiHeadAttention(config, layer_idx) if cross_attention else None
+        self.cross_attention_norm = make_norm(config) if cross_attention else None
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = make_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        *,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        position_embeddings=None,
+        encoder_position_embeddings=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            hidden_states: (B, T, D).
+            encoder_hidden_states: (B, S, D), what cross-attention looks at.
+            position_embeddings, encoder_position_embeddings: (B, T, D) and (B, S, D), added to queries and keys in
+                every block, as DETR does; None where positions were added to the input once.
+            **kwargs: on to self-attention (`rotary`, `past_key_values`) and to the attention backend.
+
+        Returns:
+            (B, T, D).
+        """
+
+        def attend(states):
+            return self.attention(
+                states,
+                attention_mask,
+                query_position=position_embeddings,
+                key_position=position_embeddings,
+                **kwargs,
+            )[0]
+
+        def cross_attend(states):
+            return self.cross_attention(
+                states,
+                encoder_attention_mask,
+                source_states=encoder_hidden_states,
+                query_position=position_embeddings,
+                key_position=encoder_position_embeddings,
+            )[0]
+
+        hidden_states = self._residual(hidden_states, attend, self.attention_norm)
+        if self.cross_attention is not None:
+            hidden_states = self._residual(hidden_states, cross_attend, self.cross_attention_norm)
+        return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm)
+
+    def _residual(self, hidden_states, sublayer, norm):
+        if self.pre_norm:
+            return hidden_states + self.dropout(sublayer(norm(hidden_states)))
+        return norm(hidden_states + self.dropout(sublayer(hidden_states)))
+
+
+class TransformerStack(nn.ModuleList):
+    """Blocks one after the other (Vaswani et al. 2017, figure 1): an encoder, or with `is_causal` and
+    `cross_attention` a decoder. Calling it passes its arguments to every block."""
+
+    def __init__(self, config, num_layers: int, *, is_causal: bool = False, cross_attention: bool = False):
+        super().__init__(
+            TransformerBlock(config, layer_idx, is_causal=is_causal, cross_attention=cross_attention)
+            for layer_idx in range(num_layers)
+        )
+
+    def forward(self, hidden_states, *args, **kwargs):
+        for block in self:
+            hidden_states = block(hidden_states, *args, **kwargs)
+        return hidden_states
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+def sinusoidal_encoding(positions, dim: int, temperature: float = 10000.0):
+    """PE(p, 2i) = sin(p / temperature^(2i/dim)), PE(p, 2i+1) = cos(same) (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        positions: (...), of any real kind: token numbers, or coordinates.
+        dim: even size of the encoding.
+
+    Returns:
+        (..., dim), float32.
+    """
+    if dim % 2:
+        raise ValueError(f"a sinusoidal encoding needs an even size, not {dim}")
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions.to(torch.float32)[..., None] / temperature**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def sinusoidal_encoding_2d(rows, columns, dim: int, temperature: float = 10000.0):
+    """Half of the encoding tells the row, the other half the column (Carion et al. 2020, appendix A.4).
+
+    Args:
+        rows, columns: (...), the vertical and the horizontal coordinate of each place.
+        dim: size of the encoding, a multiple of four.
+
+    Returns:
+        (..., dim), float32.
+    """
+    if dim % 4:
+        raise ValueError(f"a two-dimensional sinusoidal encoding needs a size divisible by four, not {dim}")
+    encode = partial(sinusoidal_encoding, dim=dim // 2, temperature=temperature)
+    return torch.cat((encode(rows), encode(columns)), dim=-1)
+
+
+class LearnedPositions2D(nn.Module):
+    """A learned vector for each column and each row, half the size each: places in one row or in one column share a
+    half (Carion et al. 2020's learned variant, the column first as there)."""
+
+    def __init__(self, num_rows: int, num_columns: int, dim: int):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"learned two-dimensional positions need an even size, not {dim}")
+        self.column_embeddings = nn.Embedding(num_columns, dim // 2)
+        self.row_embeddings = nn.Embedding(num_rows, dim // 2)
+
+    def forward(self, height: int, width: int):
+        """The encodings (height, width, D) of the top left part of the grid."""
+        columns = self.column_embeddings.weight[:width].expand(height, -1, -1)
+        rows = self.row_embeddings.weight[:height, None].expand(-1, width, -1)
+        return torch.cat((columns, rows), dim=-1)
+
+
+def rotary_angles(position_ids, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32):
+    """The rotations of rotary position embedding (Su et al. 2021, equation 15): pair i of a head turns by
+    p theta^(-2i/H), so that a product of query and key depends on the distance of their tokens alone.
+
+    Returns:
+        Cosines and sines, (B, 1, T, H / 2) each. Nothing is stored, so there is nothing to restore or to move.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids.to(torch.float32)[:, None, :, None] / theta**exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states, cosines, sines):
+    """Turns each pair of (B, N, T, H) states; as in GPT-NeoX a pair is (i, i + H/2), not two neighbours."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------ language-model loss
+
+
+def linear_cross_entropy(hidden_states, weight, targets, num_items=None, ignore_index: int = -100):
+    """Mean of -log softmax(W x)[target] over the targets that count, without ever holding all logits.
+
+    At a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. Here a slice of
+    the tokens at a time gives its loss and, at once, its gradients; the logits of a slice are then forgotten.
+
+    Args:
+        hidden_states: (M, D).
+        weight: (V, D), of the head without bias.
+        targets: (M,), token ids; `ignore_index` where nothing is predicted.
+        num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
+    """
+    if num_items is None:
+        num_items = (targets != ignore_index).sum().clamp(min=1)
+    num_items = torch.as_tensor(num_items, device=hidden_states.device, dtype=torch.float32)
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    return _LinearCrossEntropy.apply(hidden_states, weight, targets, num_items, ignore_index, dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the loss in the logits is softmax(W x) - onehot(target); both matrix products that carry it on
+    are done in the forward pass, while the slice is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, num_items, ignore_index, dtype):
+        num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # At most eight slices: each rereads the weight's gradient; at least 256 tokens, to keep the products efficient.
+        slice_size = num_tokens if num_tokens * vocab_size <= 2**24 else max(256, -(-num_tokens // 8))
+        matrix = weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            for start in range(0, num_tokens, slice_size):
+                part = slice(start, start + slice_size)
+                states, target = hidden_states[part].to(dtype), targets[part, None]
+                counts = target != ignore_index
+                target = target.where(counts, 0)
+                log_probabilities = F.log_softmax(F.linear(states, matrix), dim=-1, dtype=torch.float32)
+                loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
+                if not (needs_hidden or needs_weight):
+                    continue
+                grad_logits = log_probabilities.exp_()  # softmax
+                grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                grad_logits = grad_logits.mul_(counts / num_items).to(dtype)
+                if needs_hidden:
+                    grad_hidden[part] = grad_logits @ matrix
+                if needs_weight and dtype == weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, states)
+                elif needs_weight:
+                    grad_weight += grad_logits.T @ states
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / num_items
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        # In place, since the weight's gradient is large; a second backward pass is refused by autograd's own check.
+        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None, None

@@ -1,0 +1,118 @@
+"""The zoo: every named size, its paper, and the two functions that find and build them.
+
+>>> from hf_models import create_model, list_models
+>>> list_models("gpt2*")
+['gpt2-large', 'gpt2-medium', 'gpt2-small', 'gpt2-xl']
+>>> model = create_model("gpt2-small", num_hidden_layers=6)
+"""
+
+import difflib
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .gpt import ZooGPTConfig, ZooGPTForCausalLM
+
+
+class ZooEntry(NamedTuple):
+    """One named size: the class it builds by default, its config, and the paper that describes it."""
+
+    model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
+    options: dict
+    paper: str
+
+
+def _gpt(paper: str, layers: int, hidden: int, heads: int, **options) -> ZooEntry:
+    options = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, **options}
+    return ZooEntry(ZooGPTForCausalLM, ZooGPTConfig, options, paper)
+
+
+def _gpt3(layers: int, hidden: int, heads: int, head_dim: int) -> ZooEntry:
+    # Dense attention in every layer, where the paper alternates with a sparse pattern it does not publish.
+    paper = "Brown et al. 2020, table 2.1"
+    return _gpt(paper, layers, hidden, heads, head_dim=head_dim, max_position_embeddings=2048)
+
+
+# What small models learn fastest with here: rotary positions, normalised queries and keys, RMSNorm, squared ReLU,
+# blocks that start as the identity, and no biases.
+MODERN = {
+    "position_embedding_type": "rotary",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "hidden_act": "relu2",
+    "residual_init": "zero",
+    "use_bias": False,
+}
+
+GPT1 = "Radford et al. 2018"
+GPT2 = "Radford et al. 2019"
+SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
+
+ZOO: dict[str, ZooEntry] = {
+    "gpt1": _gpt(GPT1, 12, 768, 12, vocab_size=40478, max_position_embeddings=512, norm_position="post"),
+    "gpt2-small": _gpt(GPT2, 12, 768, 12),
+    "gpt2-medium": _gpt(GPT2, 24, 1024, 16),
+    "gpt2-large": _gpt(GPT2, 36, 1280, 20),
+    "gpt2-xl": _gpt(GPT2, 48, 1600, 25),
+    "gpt3-small": _gpt3(12, 768, 12, 64),
+    "gpt3-medium": _gpt3(24, 1024, 16, 64),
+    "gpt3-large": _gpt3(24, 1536, 16, 96),
+    "gpt3-xl": _gpt3(24, 2048, 24, 128),
+    "gpt3-2.7b": _gpt3(32, 2560, 32, 80),
+    "gpt3-6.7b": _gpt3(32, 4096, 32, 128),
+    "gpt3-13b": _gpt3(40, 5120, 40, 128),  # the table's 5140 is not 40 heads of 128
+    "gpt3-175b": _gpt3(96, 12288, 96, 128),
+    "gpt-tiny": _gpt(SMALL, 4, 128, 4, vocab_size=4096, max_position_embeddings=256, **MODERN),
+    "gpt-mini": _gpt(SMALL, 6, 256, 4, vocab_size=8192, max_position_embeddings=512, **MODERN),
+    "gpt-small": _gpt(SMALL, 6, 384, 6, vocab_size=16384, max_position_embeddings=512, **MODERN),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names in the zoo that match a shell pattern, sorted."""
+    return sorted(name for name in ZOO if fnmatch(name, pattern))
+
+
+def find_entry(name: str) -> ZooEntry:
+    """The zoo's entry of that name; raises a `ValueError` naming the nearest ones if there is none."""
+    if name not in ZOO:
+        nearest = difflib.get_close_matches(name, ZOO, n=3) or sorted(ZOO)
+        raise ValueError(f"no model named {name!r} in the zoo; did you mean {' or '.join(nearest)}?")
+    return ZOO[name]
+
+
+def create_config(name: str, **overrides) -> PreTrainedConfig:
+    """The config of a named size, with some fields changed.
+
+    Raises:
+        ValueError: the zoo has no such name, or the config no such field.
+    """
+    entry = find_entry(name)
+    known = set(entry.config_class.default_config_fields()) | set(entry.config_class.attribute_map)
+    known |= {"num_labels", "attn_implementation"}
+    for field in overrides:
+        if field not in known:
+            nearest = difflib.get_close_matches(field, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{entry.config_class.__name__} has no field {field!r}{hint}")
+    return entry.config_class(**{**entry.options, **overrides})
+
+
+def create_model(name: str, model_class: type[PreTrainedModel] | None = None, **overrides) -> PreTrainedModel:
+    """A freshly initialised model of a named size.
+
+    Args:
+        name: one of `list_models()`.
+        model_class: another head of the same family, such as `ZooGPTForSequenceClassification`.
+        **overrides: config fields to change.
+    """
+    return (model_class or find_entry(name).model_class)(create_config(name, **overrides))
+
+
+def count_parameters(name: str) -> int:
+    """Parameters of a named size, counted on a model without memory; a tied matrix counts once."""
+    with torch.device("meta"):
+        return create_model(name).num_parameters()
