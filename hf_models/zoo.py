@@ -7,6 +7,7 @@
 """
 
 import difflib
+from dataclasses import fields
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def create_config(name: str, **overrides) -> PreTrainedConfig:
         ValueError: the zoo has no such name, or the config no such field.
     """
     entry = find_entry(name)
-    known = set(entry.config_class.default_config_fields()) | set(entry.config_class.attribute_map)
+    known = {field.name for field in fields(entry.config_class)} | set(entry.config_class.attribute_map)
     known |= {"num_labels", "attn_implementation"}
     for field in overrides:
         if field not in known:

@@ -1,0 +1,519 @@
+"""The one training loop: steps, accumulation, logging, evaluation, checkpoints, resume.
+
+A train script prepares a model and its data inside `open_run`, and hands both to `train`. What the loop promises:
+
+- The global batch is the unit. Sample (step, position) is the same however many processes and micro-batches share the
+  work, and the loss of a step is one sum over the global batch, divided by what was counted before the first forward.
+- Nothing random survives a step. Data is a function of (seed, step), dropout of (seed, step, rank, micro-batch): to
+  resume is to load a checkpoint and set the step.
+- A killed run, started again with the same command, ends with the same weights, bit for bit.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm.auto import tqdm
+
+from training.arguments import RunArguments, user_errors
+from training.checkpoint import (
+    Checkpoints,
+    RunLock,
+    check_identity,
+    gather_training_state,
+    move_aside,
+    restore_training_state,
+    write_atomic,
+)
+from training.draw import curves
+from training.optim import EMA, create_optimizers, learning_rate_factor
+from training.publish import push, snippet, write_card
+
+
+class TrainingData(Protocol):
+    """What the loop asks of a train script's data."""
+
+    def batch(self, step: int, positions: range) -> dict[str, Tensor]:
+        """The model's inputs for these positions of the global batch of this step, on the CPU."""
+
+    def num_items(self, batch: dict[str, Tensor]) -> int:
+        """How many terms the summed loss of this batch has: tokens for a language model."""
+
+    def external_files(self) -> dict[str, dict]:
+        """Files outside the checkpoint that resuming needs: path -> size and sha256."""
+
+
+# ---------------------------------------------------------------------------------------------------- beginning
+
+
+@contextlib.contextmanager
+def open_run(args: RunArguments):
+    """The accelerator, and the output folder held for this run alone; with `--restart` an earlier run in it is first
+    moved aside. What the user has to mend ends the script with one line."""
+    with contextlib.ExitStack() as held:
+        with user_errors():
+            accelerator = create_accelerator(args)
+            if accelerator.is_main_process:
+                if args.restart and (aside := move_aside(args.output_dir)):
+                    print(f"moved the earlier run to {aside}", flush=True)
+                held.enter_context(RunLock(args.output_dir))
+        yield accelerator
+
+
+def create_accelerator(args: RunArguments) -> Accelerator:
+    """The processes and devices that `accelerate launch` configured.
+
+    Raises:
+        ValueError: a configuration under which the promises above cannot hold, or a global batch that does not divide.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed owns optimizer and checkpoint, so a run could not resume exactly: use FSDP2")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in training/accelerate/fsdp2.yaml")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not supported: use 'bf16' or 'no'")
+    micro_batches(args, accelerator.process_index, accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        speed_up_cpu_matmul()
+    torch.manual_seed(args.seed)
+    return accelerator
+
+
+def micro_batches(args: RunArguments, rank: int, num_processes: int) -> list[range]:
+    """The positions of the global batch that this process works on, one range per forward pass.
+
+    Raises:
+        ValueError: the global batch does not divide by the processes, or a process's share by the micro-batch.
+    """
+    share, rest = divmod(args.global_batch_size, num_processes)
+    if rest:
+        raise ValueError(f"global_batch_size {args.global_batch_size} does not divide by {num_processes} processes")
+    micro = args.micro_batch_size or share
+    if share % micro:
+        raise ValueError(
+            f"each of {num_processes} processes has {share} samples of the global batch, which does not divide by "
+            f"micro_batch_size {micro}"
+        )
+    first = rank * share
+    return [range(start, start + micro) for start in range(first, first + share, micro)]
+
+
+def speed_up_cpu_matmul() -> bool:
+    """Lets oneDNN do float32 matrix products, which on some CPUs is twice as fast as the default library.
+
+    Where the CPU has bfloat16 matrix units the same setting would round to bfloat16, so it is kept only if a product
+    stays as exact as before. Returns whether it was kept.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 256, 256, generator=generator)
+    exact = left.double() @ right.double()
+    matmul.fp32_precision = "bf16"
+    is_exact = bool((left @ right - exact).abs().max() < 1e-3)
+    if not is_exact:
+        matmul.fp32_precision = before
+    return is_exact
+
+
+def seed_from(*numbers: int) -> int:
+    """A seed that depends on all the numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any) -> dict:
+    """What makes a run this run: a resumed one has to agree in all of it.
+
+    `max_steps` is part of it only where the learning rate of earlier steps depends on it.
+    """
+    fields = ["seed", "global_batch_size", "optimizer", "learning_rate", "weight_decay", "beta1", "beta2"]
+    fields += ["schedule", "warmup_steps", "cooldown_steps", "final_learning_rate", "max_grad_norm", "ema_decay"]
+    if args.schedule != "constant":
+        fields.append("max_steps")
+    config = model.config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "auto_map", "architectures", "zoo_version"):
+        config.pop(key, None)
+    return {"data": fingerprint, "model": config, **{name: getattr(args, name) for name in fields}, **more}
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+class StopRequest:
+    """Whether to save and stop: after SIGTERM or Ctrl-C, or when the launcher that started this process is gone.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch` for its children
+        self._launcher = os.getppid() if is_launched else None
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        self.reason = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        if self.reason is None and self._launcher not in (None, os.getppid()):
+            self.reason = "the end of its launcher"
+        return self.reason is not None
+
+    def close(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def train(
+    args: RunArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    evaluate: Callable[[nn.Module], dict[str, Any]],
+    identity: dict,
+    *,
+    unit: str,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Trains until `args.max_steps`, from the newest sound checkpoint in the output folder if there is one.
+
+    Args:
+        evaluate: from the prepared model, on every process, to the measured values (`eval_loss`, ...).
+        identity: from `identify`.
+        unit: what `data.num_items` counts, for the throughput: "tokens".
+
+    Returns:
+        The model, with averaged weights where there is a moving average, and the last evaluation's values.
+
+    Raises:
+        SystemExit: the folder holds another run or only damaged checkpoints (code 2, nothing written), the run was
+            asked to stop (code 0, saved), or a loss is not finite (code 3).
+    """
+    output_dir = Path(args.output_dir)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizers = create_optimizers(
+        model,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.beta1, args.beta2),
+        **({"matrix_learning_rate": args.matrix_learning_rate} if args.matrix_learning_rate else {}),
+    )
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    forward = torch.compile(model) if args.compile else model
+    ema = EMA(model, args.ema_decay) if args.ema_decay else None
+    with user_errors():
+        if accelerator.is_main_process:
+            check_identity(output_dir, identity)
+        checkpoints = Checkpoints(output_dir / "checkpoints", keep=args.keep_checkpoints)
+        progress = resume(accelerator, checkpoints, model, optimizers, ema)
+    log = MetricsLog(accelerator, args, output_dir, progress)
+    shares = micro_batches(args, accelerator.process_index, accelerator.num_processes)
+    stop = StopRequest()
+    bar = tqdm(
+        total=args.max_steps,
+        initial=progress["step"],
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        smoothing=0.05,
+    )
+
+    def save():
+        tensors, state = gather_training_state(model, [optimizer.optimizer for optimizer in optimizers])
+        averages = ema.state_dict() if ema else {}
+        if accelerator.is_main_process:
+            tensors |= {"ema": averages} if ema else {}
+            checkpoints.save(progress["step"], tensors, {**state, "progress": progress}, external=data.external_files())
+        accelerator.wait_for_everyone()
+
+    results: dict[str, Any] = {}
+    model.train()
+    for step in range(progress["step"], args.max_steps):
+        started = time.perf_counter()
+        factor = learning_rate_factor(
+            step,
+            schedule=args.schedule,
+            max_steps=args.max_steps,
+            warmup_steps=args.warmup_steps,
+            cooldown_steps=args.cooldown_steps,
+            final=args.final_learning_rate,
+        )
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * factor
+
+        batches = [data.batch(step, positions) for positions in shares]
+        num_items = sum_over_processes(accelerator, [sum(data.num_items(batch) for batch in batches)])[0]
+        losses = []
+        for number, batch in enumerate(batches):
+            torch.manual_seed(seed_from(args.seed, step, accelerator.process_index, number))
+            is_last = number == len(batches) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                loss = forward(**batch, num_items_in_batch=num_items, use_cache=False).loss
+                # Processes average their gradients, and the loss is a sum over the global batch.
+                accelerator.backward(loss * accelerator.num_processes)
+            losses.append(loss.detach())
+        total, stops = sum_over_processes(accelerator, [torch.stack(losses).sum(), float(bool(stop))])
+        if not math.isfinite(total):
+            bar.close()
+            refuse_non_finite_loss(accelerator, args, step, shares, losses)
+
+        gradient_norm = None
+        if args.max_grad_norm:
+            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if ema:
+            ema.update(step)
+
+        progress["step"] = step + 1
+        log.add(total, num_items, time.perf_counter() - started)
+        is_end = progress["step"] == args.max_steps
+        if is_end or progress["step"] % args.log_every == 0:
+            values = log.write_training(args.learning_rate * factor, gradient_norm, unit)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", **{f"{unit}/s": f"{values[f'{unit}_per_second']:,.0f}"})
+        bar.update()
+        if is_end or (args.eval_every and progress["step"] % args.eval_every == 0):
+            with ema.swap() if ema else contextlib.nullcontext():
+                torch.manual_seed(seed_from(args.seed, step))
+                model.eval()
+                results = evaluate(model)
+                model.train()
+            log.write_evaluation(results)
+        if stops or is_end or (args.save_every and progress["step"] % args.save_every == 0):
+            save()
+        if stops:
+            bar.close()
+            accelerator.print(
+                f"stopped by {stop.reason or 'another process'} after step {progress['step']}; "
+                "the same command goes on from there"
+            )
+            accelerator.end_training()
+            raise SystemExit(0)
+
+    bar.close()
+    stop.close()
+    model.eval()
+    if ema:
+        ema.move_into_model()
+    if not results:  # the run was complete before: measure again, nothing is trained
+        results = evaluate(model)
+    results["wall_time_seconds"] = round(progress["seconds"], 1)
+    return model, results
+
+
+def sum_over_processes(accelerator: Accelerator, values: list) -> list[float]:
+    """Each value summed over all processes, as Python numbers."""
+    if accelerator.num_processes > 1:
+        values = [torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values]
+        values = reduce(torch.stack(values), reduction="sum").tolist()
+    return [float(value) for value in values]
+
+
+def refuse_non_finite_loss(accelerator, args, step, shares, losses):
+    """Ends every process, naming the step and the samples whose loss is infinite or not a number."""
+    bad = [
+        f"{positions.start}..{positions.stop - 1}"
+        for positions, loss in zip(shares, losses, strict=True)
+        if not math.isfinite(loss)
+    ]
+    bad = gather_object(bad)
+    if accelerator.is_main_process:
+        print(
+            f"error: the loss of step {step + 1} is not finite, from positions {', '.join(bad)} of its global batch "
+            f"(samples {step * args.global_batch_size} and on); the weights were not updated and nothing was saved. "
+            "Lower --learning_rate or look at these samples",
+            file=sys.stderr,
+            flush=True,
+        )
+    accelerator.end_training()
+    raise SystemExit(3)
+
+
+def resume(accelerator, checkpoints: Checkpoints, model, optimizers, ema: EMA | None) -> dict[str, Any]:
+    """Loads the newest sound checkpoint on every process; returns the progress that it holds, or a fresh one."""
+    checkpoint, message = None, [None]
+    if accelerator.is_main_process:
+        path, skipped = checkpoints.newest_verified()
+        for line in skipped:
+            print(f"skipped {line}", flush=True)
+        if path:
+            checkpoint = checkpoints.load(path)
+            print(f"resuming from {path}", flush=True)
+            message = [checkpoint.state["progress"]]
+    progress = broadcast_object_list(message)[0]
+    if progress is None:
+        return {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "num_items": 0.0, "num_steps": 0, "interval_seconds": 0.0}
+    restore_training_state(model, [optimizer.optimizer for optimizer in optimizers], checkpoint)
+    if ema:
+        averages = broadcast_object_list([checkpoint.tensors("ema") if checkpoint else None])[0]
+        ema.load_state_dict(averages)
+    return progress
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the tracker: a line per `log_every` steps and per evaluation, from the main process.
+
+    Sums since the last line are kept in `progress`, which travels in every checkpoint, and lines behind the resumed
+    step are cut off: the file of a resumed run is that of an uninterrupted one, times aside.
+    """
+
+    def __init__(self, accelerator, args, output_dir: Path, progress: dict):
+        self.accelerator, self.progress, self.path = accelerator, progress, output_dir / "metrics.jsonl"
+        if args.report_to != "none":
+            config = {name: value for name, value in vars(args).items() if value is not None}
+            accelerator.init_trackers(output_dir.resolve().name, config=config)
+        if accelerator.is_main_process:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            kept = []
+            for line in lines:
+                with contextlib.suppress(ValueError):  # a line torn by a kill
+                    if json.loads(line)["step"] <= progress["step"]:
+                        kept.append(line + "\n")
+            write_atomic(self.path, "".join(kept))
+
+    def add(self, loss: float, num_items: float, seconds: float):
+        self.progress["loss_sum"] += loss
+        self.progress["num_items"] += num_items
+        self.progress["num_steps"] += 1
+        self.progress["seconds"] += seconds
+        self.progress["interval_seconds"] += seconds
+
+    def write_training(self, learning_rate: float, gradient_norm, unit: str) -> dict[str, float]:
+        progress = self.progress
+        values = {
+            "loss": progress["loss_sum"] / progress["num_steps"],
+            "learning_rate": learning_rate,
+            f"{unit}_per_second": round(progress["num_items"] / progress["interval_seconds"], 1),
+        }
+        if gradient_norm is not None:
+            values["gradient_norm"] = float(getattr(gradient_norm, "full_tensor", lambda: gradient_norm)())
+        progress.update(loss_sum=0.0, num_items=0.0, num_steps=0, interval_seconds=0.0)
+        self._write(values)
+        return values
+
+    def write_evaluation(self, results: dict[str, Any]):
+        self._write(results)
+        if self.accelerator.is_main_process:
+            numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            sample = results.get("sample")
+            tqdm.write(f"step {self.progress['step']}  {shown}" + (f"\n{sample}\n" if sample else ""))
+
+    def _write(self, values: dict[str, Any]):
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, float)}, step=self.progress["step"])
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.progress["step"], **values}) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- the end
+
+
+def finish(
+    args: RunArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    processor,
+    results: dict[str, Any],
+    *,
+    task: str,
+    data: dict[str, Any],
+):
+    """Makes the output folder a checkpoint that loads anywhere: weights, code, processor, card, curves, results.
+
+    Args:
+        processor: the tokenizer or image processor.
+        task: the pipeline that the model is for.
+        data: source, fingerprint and licence of the training data.
+    """
+    output_dir = Path(args.output_dir)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.is_main_process:
+        staging = output_dir / ".export"
+        shutil.rmtree(staging, ignore_errors=True)
+        bare.save_pretrained(staging, state_dict=weights)
+        processor.save_pretrained(staging)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, output_dir / path.name)
+        staging.rmdir()
+        code = snippet(args.output_dir, task)
+        measured = {
+            **results,
+            "family": type(bare).__name__,
+            "parameters": bare.num_parameters(),
+            "task": task,
+            "command": shlex.join(["accelerate", "launch", *sys.argv]),
+            "recipe": args.recipe,
+            "data": data,
+            "hardware": describe_hardware(accelerator),
+            "versions": versions(),
+            "snippet": code,
+        }
+        write_atomic(output_dir / "eval_results.json", json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+        curves(output_dir / "metrics.jsonl").savefig(output_dir / "curves.png")
+        write_card(output_dir)
+        if args.push_to_hub:
+            print(f"published to {push(output_dir, args.hub_model_id)}")
+        print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Number of processes and the device each had."""
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}"
+
+
+def processor_name() -> str:
+    """The CPU's name as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a number may depend on."""
+    import accelerate
+    import transformers
+
+    import hf_models
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "hf_models": hf_models.__version__,
+    }

@@ -1,0 +1,189 @@
+"""Train a GPT on text.
+
+    accelerate launch training/train_gpt.py
+
+trains on the documentation that ships with Python, in a few minutes on a laptop's CPU; the README says what it prints
+and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or a data set's name on the Hub;
+`--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists every option.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import AutoModelForCausalLM
+
+import hf_models
+from training.arguments import RunArguments, option, parse_arguments, user_errors
+from training.documents import read_documents
+from training.loop import finish, identify, open_run, train
+from training.metrics import LanguageModeling, load_metric
+from training.text import (
+    IGNORED_LABEL,
+    StreamedTokens,
+    TokenCache,
+    TokenRows,
+    evaluation_rows,
+    make_tokenizer,
+    separator_id,
+    tokenize_documents,
+    tokenizer_fingerprint,
+)
+
+
+@dataclass
+class GPTArguments(RunArguments):
+    model: str | None = option("gpt-tiny", "a name from `python -m hf_models`, or a checkpoint to start from", "model")
+    hidden_size: int | None = option(None, "width, instead of the named model's", "model")
+    num_hidden_layers: int | None = option(None, "number of blocks, instead of the named model's", "model")
+    num_attention_heads: int | None = option(None, "number of heads, instead of the named model's", "model")
+    dropout: float | None = option(None, "dropout everywhere, instead of the model's", "model")
+    tokenizer: str = option("bpe", "'bpe' or 'char', made from the data, or an existing tokenizer", "text")
+    vocab_size: int = option(4096, "tokens of a 'bpe' tokenizer", "text")
+    context_length: int = option(256, "tokens of a row", "text")
+    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
+    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
+    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
+    within_document: bool = option(False, "keep attention within each document", "text")
+    eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
+    prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
+    sample_tokens: int = option(120, "tokens of the sample", "text")
+    matrix_learning_rate: float | None = option(None, "Muon's own peak learning rate", "optimization")
+
+
+class GPTData:
+    """Rows of tokens as the loop asks for them."""
+
+    def __init__(self, rows: TokenRows | StreamedTokens, global_batch_size: int):
+        self.rows, self.global_batch_size = rows, global_batch_size
+
+    def batch(self, step, positions):
+        return self.rows.rows(step * self.global_batch_size + positions.start, len(positions))
+
+    def num_items(self, batch):
+        return int((batch["shift_labels"] != IGNORED_LABEL).sum())
+
+    def external_files(self):
+        if isinstance(self.rows, TokenRows):
+            return {}
+        return {str(self.rows.folder / name): record for name, record in self.rows.shards().items()}
+
+
+class Validation:
+    """The loss over the whole held-out text, and a sample of what the model writes."""
+
+    def __init__(self, args: GPTArguments, accelerator, tokenizer, cache: TokenCache, separator: int | None):
+        self.args, self.accelerator, self.tokenizer, self.separator = args, accelerator, tokenizer, separator
+        self.tokens, self.num_bytes = cache.tokens("validation"), cache.num_bytes("validation")
+        self.metric = load_metric(LanguageModeling)
+
+    @torch.no_grad()
+    def measure(self, model) -> dict[str, Any]:
+        """Loss, perplexity, bits per byte, speed and a sample; every process takes every n-th batch."""
+        started = time.perf_counter()
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        batches = evaluation_rows(self.tokens, self.args.context_length, self.args.eval_batch_size, self.separator)
+        sums = []
+        while turn := list(islice(batches, self.accelerator.num_processes)):
+            # A process without a batch in the last turn runs another's and does not count it: under FSDP all must run.
+            batch = {name: tensor.to(device) for name, tensor in turn[min(rank, len(turn) - 1)].items()}
+            nll = model(**batch, num_items_in_batch=1, use_cache=False, return_logits=False).loss
+            if rank < len(turn):
+                sums.append((float(nll), int((batch["shift_labels"] != IGNORED_LABEL).sum())))
+        sums = gather_object(sums)
+        for index, (nll, num_tokens) in enumerate(sums):
+            self.metric.add(nll_sum=nll, num_tokens=num_tokens, num_bytes=self.num_bytes if index == 0 else 0)
+        results = {f"eval_{name}": value for name, value in self.metric.compute().items()}
+        seconds = time.perf_counter() - started
+        results["eval_tokens_per_second"] = round(sum(num_tokens for _, num_tokens in sums) / seconds, 1)
+        return {**results, "sample": self.sample(model)}
+
+    def sample(self, model) -> str:
+        """A continuation of the prompt, or of the first held-out words."""
+        if self.args.prompt is None:
+            ids = torch.as_tensor(self.tokens[:16].astype("int64"))[None]
+        else:
+            ids = self.tokenizer(self.args.prompt, return_tensors="pt")["input_ids"]
+        ids = ids[:, : self.args.context_length // 2].to(self.accelerator.device)
+        output = self.accelerator.unwrap_model(model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(self.args.sample_tokens, self.args.context_length - ids.shape[1]),
+            do_sample=True,
+            temperature=0.8,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
+    """A fresh model of the zoo that fits the tokenizer, or a checkpoint to go on from."""
+    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa"}
+    if args.dropout is not None:
+        options |= dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), args.dropout)
+    if args.model not in hf_models.list_models():
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but {args.model} only {model.config.vocab_size}: "
+                f"give --tokenizer {args.model}"
+            )
+        return model
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    return hf_models.create_model(
+        args.model,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=args.context_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def main():
+    with user_errors():
+        args = parse_arguments(GPTArguments)
+    with open_run(args) as accelerator:
+        with user_errors():
+            corpus = read_documents(
+                args.data,
+                text_column=args.text_column,
+                validation_fraction=args.validation_fraction,
+                streaming=args.streaming,
+            )
+            tokenizer = make_tokenizer(args.tokenizer, corpus, args.vocab_size, context_length=args.context_length)
+            separator = separator_id(tokenizer) if args.within_document else None
+            cache = tokenize_documents(corpus, tokenizer)
+            if corpus.streamed:
+                rows = StreamedTokens(corpus, tokenizer, args.context_length, args.seed, separator)
+            else:
+                rows = TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
+            validation = Validation(args, accelerator, tokenizer, cache, separator)
+            model = create_gpt(args, tokenizer, accelerator.device)
+            accelerator.print(
+                f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
+                f"vocabulary, text from {corpus.source}"
+            )
+            identity = identify(
+                args,
+                model,
+                corpus.fingerprint,
+                tokenizer=tokenizer_fingerprint(tokenizer),
+                context_length=args.context_length,
+                within_document=args.within_document,
+                matrix_learning_rate=args.matrix_learning_rate,
+            )
+        data = GPTData(rows, args.global_batch_size)
+        model, results = train(args, accelerator, model, data, validation.measure, identity, unit="tokens")
+        source = {"source": corpus.source, "fingerprint": corpus.fingerprint, "licence": corpus.license}
+        finish(args, accelerator, model, tokenizer, results, task="text-generation", data=source)
+
+
+if __name__ == "__main__":
+    main()
