@@ -9,9 +9,9 @@ def main(pattern: str = "*"):
     names = list_models(pattern)
     if not names:
         sys.exit(f"no model matches {pattern!r}")
-    print(f"{'name':<14} {'parameters':>16}  paper")
+    print(f"{'name':<20} {'parameters':>16}  paper")
     for name in names:
-        print(f"{name:<14} {count_parameters(name):>16,}  {ZOO[name].paper}")
+        print(f"{name:<20} {count_parameters(name):>16,}  {ZOO[name].paper}")
 
 
 if __name__ == "__main__":

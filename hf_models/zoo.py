@@ -48,6 +48,9 @@ MODERN = {
     "use_bias": False,
 }
 
+# nanoGPT's two character models (github.com/karpathy/nanoGPT, config/train_shakespeare_char.py and README).
+NANO = {"vocab_size": 66, "use_bias": False, "hidden_act": "gelu"}
+
 GPT1 = "Radford et al. 2018"
 GPT2 = "Radford et al. 2019"
 SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
@@ -66,6 +69,9 @@ ZOO: dict[str, ZooEntry] = {
     "gpt3-6.7b": _gpt3(32, 4096, 32, 128),
     "gpt3-13b": _gpt3(40, 5120, 40, 128),  # the table's 5140 is not 40 heads of 128
     "gpt3-175b": _gpt3(96, 12288, 96, 128),
+    "gpt-char-nanogpt": _gpt("Karpathy 2022, nanoGPT", 4, 128, 4, max_position_embeddings=64, **NANO),
+    "gpt-char-nanogpt-gpu": _gpt("Karpathy 2022, nanoGPT", 6, 384, 6, max_position_embeddings=256, **NANO),
+    "gpt-char": _gpt(SMALL, 4, 128, 4, vocab_size=66, max_position_embeddings=64, **MODERN),
     "gpt-tiny": _gpt(SMALL, 4, 128, 4, vocab_size=4096, max_position_embeddings=256, **MODERN),
     "gpt-mini": _gpt(SMALL, 6, 256, 4, vocab_size=8192, max_position_embeddings=512, **MODERN),
     "gpt-small": _gpt(SMALL, 6, 384, 6, vocab_size=16384, max_position_embeddings=512, **MODERN),

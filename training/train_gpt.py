@@ -10,6 +10,7 @@ and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or
 import time
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM
 
 import hf_models
-from training.arguments import RunArguments, option, parse_arguments, user_errors
+from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors
 from training.documents import read_documents
-from training.loop import finish, identify, open_run, train
+from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
+from training.results import finish
 from training.text import (
     IGNORED_LABEL,
     StreamedTokens,
@@ -37,10 +39,7 @@ from training.text import (
 @dataclass
 class GPTArguments(RunArguments):
     model: str | None = option("gpt-tiny", "a name from `python -m hf_models`, or a checkpoint to start from", "model")
-    hidden_size: int | None = option(None, "width, instead of the named model's", "model")
-    num_hidden_layers: int | None = option(None, "number of blocks, instead of the named model's", "model")
-    num_attention_heads: int | None = option(None, "number of heads, instead of the named model's", "model")
-    dropout: float | None = option(None, "dropout everywhere, instead of the model's", "model")
+    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
     tokenizer: str = option("bpe", "'bpe' or 'char', made from the data, or an existing tokenizer", "text")
     vocab_size: int = option(4096, "tokens of a 'bpe' tokenizer", "text")
     context_length: int = option(256, "tokens of a row", "text")
@@ -121,10 +120,8 @@ class Validation:
 
 def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
     """A fresh model of the zoo that fits the tokenizer, or a checkpoint to go on from."""
-    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa"}
-    if args.dropout is not None:
-        options |= dict.fromkeys(("hidden_dropout", "attention_dropout", "embedding_dropout"), args.dropout)
-    if args.model not in hf_models.list_models():
+    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **parse_fields(args.config)}
+    if Path(args.model).exists() or "/" in args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
@@ -132,18 +129,14 @@ def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
                 f"give --tokenizer {args.model}"
             )
         return model
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    return hf_models.create_model(
-        args.model,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=args.context_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
+    from_data = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": args.context_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return hf_models.create_model(args.model, **{**from_data, **options})
 
 
 def main():
@@ -161,7 +154,10 @@ def main():
             separator = separator_id(tokenizer) if args.within_document else None
             cache = tokenize_documents(corpus, tokenizer)
             if corpus.streamed:
-                rows = StreamedTokens(corpus, tokenizer, args.context_length, args.seed, separator)
+                per_shard = max(8192, args.global_batch_size)
+                rows = StreamedTokens(
+                    corpus, tokenizer, args.context_length, args.seed, separator, rows_per_shard=per_shard
+                )
             else:
                 rows = TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
             validation = Validation(args, accelerator, tokenizer, cache, separator)

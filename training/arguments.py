@@ -1,0 +1,235 @@
+"""The command line of every train script: a dataclass of options, a recipe of defaults, one-line errors.
+
+A script subclasses `RunArguments` with its own options, and calls `parse_arguments(Arguments)` inside
+`user_errors()`. Values come from the dataclass, then from `--recipe FILE.yaml`, then from the command line; the
+later one wins. Every value, wherever it was written, arrives as text and is converted by its field's type, so that
+`learning_rate: 3e-4` and `mixed_precision: no` mean in a recipe what they mean in a shell (YAML itself reads a
+string and a false).
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+
+
+def option(default, help: str, group: str = "this script"):
+    """A field of an arguments dataclass: its default, its help text, and the heading `--help` lists it under."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass
+class RunArguments:
+    """The options that all train scripts share. Raises ValueError naming the option that is out of range."""
+
+    recipe: str | None = option(None, "YAML file of defaults for the options below", "run")
+    output_dir: str | None = option(None, "folder for all results; None: runs/<name of the recipe or script>", "run")
+    restart: bool = option(False, "move an earlier run in output_dir aside instead of resuming it", "run")
+    seed: int = option(1337, "seed of the weights, the data order and the dropout", "run")
+    log_every: int = option(10, "steps between two lines of metrics.jsonl", "run")
+    eval_every: int = option(250, "steps between two evaluations; 0: only at the end", "run")
+    save_every: int = option(250, "steps between two checkpoints; 0: only at the end", "run")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", "run")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "experiment tracker", "run")
+
+    data: str = option("embedded", "'embedded', a Hub data set name, or a local file or folder", "data and model")
+    model: str | None = option(
+        None, "a name from `python -m hf_models`, or a checkpoint (folder or Hub name) to start from", "data and model"
+    )
+
+    max_steps: int = option(1000, "number of optimizer steps", "optimization")
+    global_batch_size: int = option(32, "samples in one step, whatever the number of processes", "optimization")
+    micro_batch_size: int | None = option(
+        None, "samples in one forward of one process; None: its whole share of the global batch", "optimization"
+    )
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon: on the blocks' matrices, AdamW elsewhere", "optimization"
+    )
+    learning_rate: float = option(1e-3, "peak learning rate", "optimization")
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", "optimization")
+    beta1: float = option(0.9, "AdamW's decay of the mean of the gradient", "optimization")
+    beta2: float = option(0.99, "AdamW's decay of the mean of the squared gradient", "optimization")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "course of the learning rate after the warm-up", "optimization"
+    )
+    warmup_steps: int = option(100, "steps of linear warm-up", "optimization")
+    cooldown_steps: int = option(0, "last steps, in which a constant schedule falls to zero", "optimization")
+    final_learning_rate: float = option(0.1, "end of cosine and linear, as a fraction of the peak", "optimization")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", "optimization")
+    ema_decay: float = option(0.0, "decay of an exponential moving average of the weights; 0: none", "optimization")
+
+    mixed_precision: Literal["no", "bf16"] | None = option(
+        None, "None: as `accelerate launch` set it", "speed and memory"
+    )
+    compile: bool = option(False, "compile the model with torch.compile", "speed and memory")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", "speed and memory"
+    )
+
+    push_to_hub: bool = option(False, "publish the result at the end", "publishing")
+    hub_model_id: str | None = option(None, "user/name of the repository to publish to", "publishing")
+
+    def __post_init__(self):
+        counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
+        sizes = ("seed", "eval_every", "save_every", "warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm")
+        bounds = {
+            "at least 1": (counts, lambda x: x >= 1),
+            "at least 0": (sizes, lambda x: 0 <= x < math.inf),
+            "at least 0 and below 1": (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1),
+            "above 0": (("learning_rate",), lambda x: 0 < x < math.inf),
+            "a fraction of learning_rate, from 0 to 1": (("final_learning_rate",), lambda x: 0 <= x <= 1),
+        }
+        for bound, (names, holds) in bounds.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name} must be {bound}, not {value}")
+        if self.cooldown_steps and self.schedule != "constant":
+            raise ValueError(f"cooldown_steps belongs to schedule 'constant', not to {self.schedule!r}")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
+
+
+def parse_arguments(cls, argv: list[str] | None = None):
+    """An instance of the dataclass `cls` from its defaults, the recipe, and the command line, the last one winning.
+
+    Raises ValueError for an unknown option (naming the nearest known one), a value of the wrong type or out of range,
+    and a recipe that is missing or is no mapping of names to values.
+    """
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    recipe = first.parse_known_args(argv)[0].recipe
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+
+    values = {name: field.default for name, field in fields.items()}
+    if recipe is not None:
+        for name, text in _read_recipe(recipe).items():
+            if name not in fields or name == "recipe":
+                raise ValueError(f"{recipe}: unknown option {name!r}; {_nearest(name, fields)}")
+            values[name] = _convert(text, types[name], f"{recipe}: {name}")
+
+    parser = _Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    groups = {}
+    for name, field in fields.items():
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if types[name] is bool:
+            form = {"action": argparse.BooleanOptionalAction}
+        else:
+            form = {"metavar": _describe(types[name], "|")}
+        help = field.metadata["help"].replace("%", "%%")
+        groups[title].add_argument(f"--{name}", default=values[name], help=help, **form)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0]
+        if name.startswith("-"):
+            raise ValueError(f"unknown option {name}; {_nearest(name, fields, '--')}")
+        raise ValueError(f"unexpected argument {word!r}: options are written --name value")
+
+    for name, value in vars(given).items():  # text is from the command line, or from a recipe's text option
+        values[name] = _convert(value, types[name], f"--{name}") if isinstance(value, str) else value
+    if values.get("output_dir", "") is None:
+        values["output_dir"] = str(Path("runs", Path(recipe or sys.argv[0]).stem))
+    return cls(**values)
+
+
+def parse_fields(text: str | None) -> dict:
+    """{"hidden_size": 256, "norm": "rmsnorm"} from "hidden_size=256,norm=rmsnorm", values typed as in YAML."""
+    fields = {}
+    for item in filter(None, (text or "").split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"config: {item!r} is not of the form field=value")
+        fields[name.strip()] = yaml.safe_load(value)
+    return fields
+
+
+@contextmanager
+def user_errors():
+    """Turns ValueError and OSError into one line `error: ...` on stderr, from rank 0 only, and exit code 2.
+
+    For the set-up of a script, where such an error is the user's to fix. An invalid model configuration counts too:
+    `huggingface_hub` wraps its ValueError or TypeError into an error of its own.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # "Class validation error for validator ..." is wrapped around what the user needs
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _read_recipe(path: str) -> dict:
+    """The mapping in a YAML file, every scalar as the text that was written."""
+    try:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"recipe {path}{position}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} must be lines of `name: value`, not a {type(recipe).__name__}")
+    return recipe
+
+
+def _convert(text, annotation, where: str):
+    """The value of type `annotation` that `text` spells; `where` names the option in the error."""
+    choices = typing.get_args(annotation)
+    if type(None) in choices:
+        if text in ("", "~", "null", "none"):
+            return None
+        return _convert(text, next(choice for choice in choices if choice is not type(None)), where)
+    try:
+        if not isinstance(text, str):
+            raise ValueError
+        if typing.get_origin(annotation) is Literal:
+            return choices[[str(choice) for choice in choices].index(text)]
+        if annotation is bool:
+            return {"true": True, "yes": True, "false": False, "no": False}[text.lower()]
+        return annotation(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{where} must be {_describe(annotation)}, not {text!r}") from None
+
+
+def _describe(annotation, separator: str = " or ") -> str:
+    """The type in words for an error, or with "|" as the placeholder that `--help` shows."""
+    choices = [choice for choice in typing.get_args(annotation) if choice is not type(None)]
+    if typing.get_origin(annotation) is Literal:
+        return separator.join(map(str, choices))
+    if choices:
+        return _describe(choices[0], separator)
+    names = {int: "an integer", float: "a number", str: "one text value", bool: "true or false"}
+    return names[annotation] if separator == " or " else names[annotation].split()[-1].upper()
+
+
+def _nearest(name: str, known, prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name.strip("-").replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{matches[0]}?" if matches else "--help lists the known ones"

@@ -1,0 +1,236 @@
+"""What moves the weights: parameter groups, AdamW and Muon, learning-rate schedules, a moving average.
+
+All of it works on whole parameters and on the shards (`DTensor`) that FSDP2 leaves on each process.
+"""
+
+import math
+import re
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters, each tied one once, by the names they have in a checkpoint: wrappers (DDP,
+    torch.compile, activation checkpointing) leave no `module.` or `_orig_mod.` in them."""
+    wrappers = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
+    return {
+        ".".join(part for part in name.split(".") if part not in wrappers): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """One group that decays, the matrices (embeddings among them), and one that does not: biases and norms' gains.
+    Those set a scale or an offset that a pull to zero only disturbs. Order follows the model; empty groups are left
+    out."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def create_optimizers(
+    model: nn.Module,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    matrix_learning_rate: float | None = None,
+) -> list[Optimizer]:
+    """The optimizers that together hold every trainable parameter of `model` exactly once.
+
+    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated
+    blocks (`layers.0.`, `layers.1.`, ...), never the embeddings or the head, and AdamW on the rest; Muon's updates
+    are scaled so that `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
+    Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
+    """
+    parameters = named_parameters(model)
+    if not parameters:
+        raise ValueError("the model has no trainable parameter: all of them are frozen")
+    matrices = {}
+    if optimizer == "muon":
+        in_block = re.compile(r"(^|\.)layers\.\d+\.")
+        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and in_block.search(name)}
+        if not matrices:
+            raise ValueError("optimizer 'muon' finds no trainable matrix under `layers.`: use 'adamw' for this model")
+    elif optimizer != "adamw":
+        raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
+    rest = {name: parameter for name, parameter in parameters.items() if name not in matrices}
+
+    optimizers = []
+    if matrices:
+        rate = learning_rate if matrix_learning_rate is None else matrix_learning_rate
+        optimizers.append(Muon(matrices.values(), lr=rate, weight_decay=weight_decay))
+    if rest:
+        groups = parameter_groups(rest, weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
+
+    groups = [group for one in optimizers for group in one.param_groups]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(map(id, parameters.values())), "a parameter is in no group, or in two"
+    return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates.
+
+    torch's own step orthogonalises in bfloat16, which a CPU without the instructions for it does a hundred times
+    slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by percents.
+    Here a sharded update is gathered first, all matrices of one shape are orthogonalised in one batch, by every
+    process for itself (five small products a matrix: little beside a step on thousands of tokens), and each process
+    keeps its own rows. State and options are torch's. An update's root mean square is 0.2, like AdamW's (Liu et al.
+    2025, "Muon is scalable for LLM training", section 2.2), so one learning rate serves both.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([_whole(self._momentum(parameter, group)) for parameter in parameters])
+                updates = orthogonalise(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(_shard_like(update, parameter), alpha=-rate)
+        return loss
+
+    def _momentum(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
+        """Nesterov's look-ahead: the gradient, moved towards its running mean after that took the gradient in."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        return parameter.grad.lerp(state["momentum_buffer"], group["momentum"])
+
+
+def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, epsilon: float) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrix U V^T to each U S V^T, roughly: singular values end between 0.7 and 1.2.
+
+    A quintic Newton-Schulz iteration (Jordan et al. 2024), its coefficients chosen to lift small singular values
+    fast rather than to converge. matrices: (matrices, rows, columns); bfloat16 on CUDA, where it is accurate enough.
+    """
+    a, b, c = coefficients
+    X = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    is_tall = X.size(-2) > X.size(-1)
+    if is_tall:
+        X = X.mT  # the Gram matrix of the shorter side is the smaller one
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=epsilon)  # Frobenius norm 1, so no singular value above 1
+    for _ in range(num_iterations):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A^2) X
+    return X.mT if is_tall else X
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """This process's part of `whole`, which all processes hold: nothing is sent (`src_data_rank=None`)."""
+    if not isinstance(other, DTensor):
+        return whole
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def learning_rate_factor(
+    step: int, *, schedule: str, max_steps: int, warmup_steps: int, cooldown_steps: int = 0, final: float = 0.1
+) -> float:
+    """What to multiply the peak learning rate by in `step`, counted from 0. A pure function: resuming needs no state.
+
+    Linear warm-up, then "cosine" (Loshchilov & Hutter 2017) or "linear" down to `final`; or "constant", and over the
+    last `cooldown_steps` down to zero as 1 - sqrt (Hägele et al. 2024, which beats a straight line). No step before
+    `max_steps` has a factor of 0 from the warm-up or the cooldown: it would be wasted.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        into_cooldown = step + 1 - (max_steps - cooldown_steps)
+        return 1 - math.sqrt(min(1, max(0, into_cooldown) / (cooldown_steps + 1)))
+    progress = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    if schedule == "cosine":
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return final + (1 - final) * (1 - progress)
+    raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', not {schedule!r}")
+
+
+class EMA:
+    """An exponential moving average of the trainable weights, which often evaluates better than the last ones.
+
+    Make it after `accelerator.prepare`, which moves or shards the parameters: it keeps a copy beside each, in the
+    same type and layout. The weights have to be float32 (as in training they are): in bfloat16 a small step towards
+    them is lost to rounding.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.parameters = named_parameters(model)
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int):
+        """Takes in the weights after `step` (counted from 0). Early steps weigh more, or the average would remember
+        the initial weights for a long time: the decay is at most (1 + step) / (10 + step)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, parameters = self.averages.values(), self.parameters.values()
+        torch._foreach_lerp_([_local(a) for a in averages], [_local(p) for p in parameters], 1 - decay)
+
+    @contextmanager
+    def swap(self):
+        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
+        self.move_into_model()
+        try:
+            yield
+        finally:
+            self.move_into_model()
+
+    @torch.no_grad()
+    def move_into_model(self):
+        """Exchanges the averages and the model's weights; once more, and each is back in its place."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without backward leaves gathered weights behind, that would be used again
+        for name, parameter in self.parameters.items():
+            mine, other = _local(parameter), _local(self.averages[name])
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages by parameter name, whole: shards are gathered, so every process has to call this."""
+        return {name: _whole(average) for name, average in self.averages.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        """Restores `state_dict`, in any layout of processes. Raises ValueError if names or shapes differ."""
+        for name in sorted(state.keys() ^ self.averages.keys()):
+            raise ValueError(f"moving average: {name} is only in the {'checkpoint' if name in state else 'model'}")
+        for name, average in self.averages.items():
+            if state[name].shape != average.shape:
+                raise ValueError(f"moving average: {name} is {tuple(state[name].shape)}, not {tuple(average.shape)}")
+            average.copy_(_shard_like(state[name].to(average.device), average))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of this process behind a parameter, sharded or whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,170 @@
+"""What a run leaves in its output folder: metrics.jsonl as it goes, and at the end a checkpoint that loads anywhere."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm.auto import tqdm
+
+from training.arguments import RunArguments, one_line
+from training.checkpoint import write_atomic
+from training.draw import curves
+from training.publish import push, snippet, write_card
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the tracker: a line per `log_every` steps and per evaluation, from the main process.
+
+    Sums since the last line are kept in `progress`, which travels in every checkpoint, and lines behind the resumed
+    step are cut off: the file of a resumed run is that of an uninterrupted one, times aside.
+    """
+
+    def __init__(self, accelerator, args, output_dir: Path, progress: dict):
+        self.accelerator, self.progress, self.path = accelerator, progress, output_dir / "metrics.jsonl"
+        if args.report_to != "none":
+            config = {name: value for name, value in vars(args).items() if value is not None}
+            accelerator.init_trackers(output_dir.resolve().name, config=config)
+        if accelerator.is_main_process:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            kept = []
+            for line in lines:
+                with contextlib.suppress(ValueError):  # a line torn by a kill
+                    if json.loads(line)["step"] <= progress["step"]:
+                        kept.append(line + "\n")
+            write_atomic(self.path, "".join(kept))
+
+    def add(self, loss: float, num_items: float, seconds: float):
+        self.progress["loss_sum"] += loss
+        self.progress["num_items"] += num_items
+        self.progress["num_steps"] += 1
+        self.progress["seconds"] += seconds
+        self.progress["interval_seconds"] += seconds
+
+    def write_training(self, learning_rate: float, gradient_norm, unit: str) -> dict[str, float]:
+        progress = self.progress
+        values = {
+            "loss": progress["loss_sum"] / progress["num_steps"],
+            "learning_rate": learning_rate,
+            f"{unit}_per_second": round(progress["num_items"] / progress["interval_seconds"], 1),
+        }
+        if gradient_norm is not None:
+            values["gradient_norm"] = float(getattr(gradient_norm, "full_tensor", lambda: gradient_norm)())
+        progress.update(loss_sum=0.0, num_items=0.0, num_steps=0, interval_seconds=0.0)
+        self._write(values)
+        return values
+
+    def write_evaluation(self, results: dict[str, Any]):
+        self._write(results)
+        if self.accelerator.is_main_process:
+            numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            sample = results.get("sample")
+            tqdm.write(f"step {self.progress['step']}  {shown}" + (f"\n{sample}\n" if sample else ""))
+
+    def _write(self, values: dict[str, Any]):
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, float)}, step=self.progress["step"])
+        if self.accelerator.is_main_process:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": self.progress["step"], **values}) + "\n")
+            except OSError as error:  # of a full disk, which does not name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def finish(
+    args: RunArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    processor,
+    results: dict[str, Any],
+    *,
+    task: str,
+    data: dict[str, Any],
+):
+    """Makes the output folder a checkpoint that loads anywhere: weights, code, processor, card, curves, results.
+
+    Args:
+        processor: the tokenizer or image processor.
+        task: the pipeline that the model is for.
+        data: source, fingerprint and licence of the training data.
+    """
+    output_dir = Path(args.output_dir)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.is_main_process:
+        staging = output_dir / ".export"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            bare.save_pretrained(staging, state_dict=weights)
+        except SafetensorError as error:  # a full disk, in its words
+            raise OSError(f"writing the weights to {staging} failed: {one_line(error)}") from error
+        processor.save_pretrained(staging)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, output_dir / path.name)
+        staging.rmdir()
+        code = snippet(args.output_dir, task)
+        measured = {
+            **results,
+            "family": type(bare).__name__,
+            "parameters": bare.num_parameters(),
+            "task": task,
+            "command": shlex.join(["accelerate", "launch", *sys.argv]),
+            "recipe": args.recipe,
+            "data": data,
+            "hardware": describe_hardware(accelerator),
+            "versions": versions(),
+            "snippet": code,
+        }
+        write_atomic(output_dir / "eval_results.json", json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+        curves(output_dir / "metrics.jsonl").savefig(output_dir / "curves.png")
+        write_card(output_dir)
+        if args.push_to_hub:
+            print(f"published to {push(output_dir, args.hub_model_id)}")
+        print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Number of processes and the device each had."""
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}"
+
+
+def processor_name() -> str:
+    """The CPU's name as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a number may depend on."""
+    import accelerate
+    import transformers
+
+    import hf_models
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "hf_models": hf_models.__version__,
+    }
