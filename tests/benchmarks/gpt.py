@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -193,10 +194,10 @@ def benchmark_generate(args):
 
             assert torch.equal(generate(mine), generate(twin)), "the two models do not write the same tokens"
             candidates = {
-                "hf_models": (speed_up_cpu_matmul, lambda: generate(mine)),
-                "transformers": (default_matmul, lambda: generate(twin)),
-                "hf_models bf16": (speed_up_cpu_matmul, lambda: generate(mine_bf16)),
-                "transformers bf16": (default_matmul, lambda: generate(twin_bf16)),
+                "hf_models": (speed_up_cpu_matmul, partial(generate, mine)),
+                "transformers": (default_matmul, partial(generate, twin)),
+                "hf_models bf16": (speed_up_cpu_matmul, partial(generate, mine_bf16)),
+                "transformers bf16": (default_matmul, partial(generate, twin_bf16)),
             }
             if args.float32_only:
                 candidates = dict(list(candidates.items())[:2])

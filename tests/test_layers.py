@@ -1,0 +1,467 @@
+"""Every formula of layers.py against the same formula written plainly, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from hf_models.base import TransformerConfig
+from hf_models.layers import (
+    FeedForward,
+    LearnedPositions2D,
+    MultiHeadAttention,
+    TransformerBlock,
+    TransformerStack,
+    apply_rotary,
+    linear_cross_entropy,
+    make_norm,
+    rotary_angles,
+    sinusoidal_encoding,
+    sinusoidal_encoding_2d,
+)
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}  # both sides in float64
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}  # angles are float32
+
+
+@pytest.fixture
+def make(randomise):
+    """A randomised float64 layer: `make(MultiHeadAttention, layer arguments, config field=value, ...)`."""
+
+    def make(layer_class, *args, layer_kwargs=None, backend="eager", **fields):
+        sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40}
+        config = TransformerConfig(**{**sizes, **fields}, attn_implementation=backend)
+        return randomise(layer_class(config, *args, **(layer_kwargs or {}))).double().eval()
+
+    return make
+
+
+def states(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def causal_bias(num_tokens):
+    return torch.full((num_tokens, num_tokens), -torch.inf, dtype=torch.float64).triu(1)
+
+
+# ------------------------------------------------------------------------------------------------- the formulas
+
+
+def affine(layer, x):
+    """W x + b"""
+    y = torch.einsum("oi,...i->...o", layer.weight, x)
+    return y if layer.bias is None else y + layer.bias
+
+
+def root_mean_square_norm(x, gain, eps):
+    return gain * x / torch.sqrt((x**2).sum(-1, keepdim=True) / x.shape[-1] + eps)
+
+
+def layer_norm(x, gain, bias, eps):
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return gain * (x - mean) / torch.sqrt(variance + eps) + bias
+
+
+def rotate(x, positions, theta):
+    """Pair (i, i + H/2) read as a complex number and turned by p theta^(-2i/H)."""
+    half = x.shape[-1] // 2
+    frequencies = torch.tensor([theta ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=torch.float64)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * positions[..., None] * frequencies)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def attention(layer, x, source=None, *, bias=0.0, query_position=0.0, key_position=0.0, positions=None, theta=None):
+    """Vaswani et al. 2017, section 3.2, one head at a time. Returns the output and the probabilities."""
+    source = x if source is None else source
+    config, size = layer.config, layer.config.head_dim
+    queries = affine(layer.q_proj, x + query_position)
+    keys = affine(layer.k_proj, source + key_position)
+    values = affine(layer.v_proj, source)
+    outputs, probabilities = [], []
+    for head in range(config.num_attention_heads):
+        shared = head * config.num_key_value_heads // config.num_attention_heads  # the key head that serves this one
+        query = queries[..., head * size : (head + 1) * size]
+        key, value = (part[..., shared * size : (shared + 1) * size] for part in (keys, values))
+        if config.qk_norm:
+            query = root_mean_square_norm(query, layer.q_norm.weight, config.norm_eps)
+            key = root_mean_square_norm(key, layer.k_norm.weight, config.norm_eps)
+        if positions is not None:
+            query, key = rotate(query, positions, theta), rotate(key, positions, theta)
+        scores = torch.einsum("bth,bsh->bts", query, key) / math.sqrt(size) + bias
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        outputs.append(torch.einsum("bts,bsh->bth", weights, value))
+        probabilities.append(weights)
+    return affine(layer.o_proj, torch.cat(outputs, -1)), torch.stack(probabilities, 1)
+
+
+ACTIVATION_FORMULAS = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_new": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "relu2": lambda x: torch.where(x > 0, x**2, 0.0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def feed_forward(layer, x, act):
+    if act == "swiglu":
+        inner = ACTIVATION_FORMULAS["silu"](affine(layer.gate_proj, x)) * affine(layer.up_proj, x)
+    else:
+        inner = ACTIVATION_FORMULAS[act](affine(layer.up_proj, x))
+    return affine(layer.down_proj, inner)
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1},
+        {"head_dim": 10},
+        {"qk_norm": True},
+        {"use_bias": False},
+    ],
+    ids=str,
+)
+def test_self_attention_is_the_formula(make, backend, fields):
+    layer, x = make(MultiHeadAttention, 0, backend=backend, **fields), states(2, 7, 24)
+    output, probabilities = layer(x)
+    expected, expected_probabilities = attention(layer, x)
+    assert_close(output, expected, **EXACT)
+    if backend == "eager":
+        assert_close(probabilities, expected_probabilities, **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+def test_cross_attention_with_separate_position_terms_is_the_formula(make, backend, key_value_heads):
+    layer = make(MultiHeadAttention, 0, backend=backend, num_key_value_heads=key_value_heads)
+    x, source, query_position, key_position = states(2, 5, 24), states(2, 9, 24), states(2, 5, 24), states(2, 9, 24)
+    output = layer(x, source_states=source, query_position=query_position, key_position=key_position)[0]
+    expected = attention(layer, x, source, query_position=query_position, key_position=key_position)[0]
+    assert_close(output, expected, **EXACT)
+    # The position term reaches queries and keys but never values: with a single source to look at, nothing changes.
+    alone = layer(x, source_states=source[:, :1], key_position=key_position[:, :1])[0]
+    assert_close(alone, layer(x, source_states=source[:, :1])[0], **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_an_additive_bias_is_added_to_the_scores(make, backend):
+    layer, x = make(MultiHeadAttention, 0, backend=backend), states(2, 7, 24)
+    bias = states(7, 7)
+    assert_close(layer(x, bias.expand(2, 1, 7, 7))[0], attention(layer, x, bias=bias)[0], **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_causal_attention_sees_itself_and_what_came_before(make, backend):
+    layer, x = make(MultiHeadAttention, 0, backend=backend, layer_kwargs={"is_causal": True}), states(2, 7, 24)
+    mask = causal_bias(7).expand(2, 1, 7, 7) if backend == "eager" else None  # sdpa reads `is_causal` itself
+    assert_close(layer(x, mask)[0], attention(layer, x, bias=causal_bias(7))[0], **EXACT)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 2, "qk_norm": True}], ids=str)
+def test_rotary_attention_is_the_formula(make, fields):
+    layer, x = make(MultiHeadAttention, 0, **fields), states(2, 7, 24)
+    positions = torch.stack((torch.arange(7), torch.arange(7) + 30))
+    output = layer(x, rotary=rotary_angles(positions, layer.head_dim, 100.0, torch.float64))[0]
+    assert_close(output, attention(layer, x, positions=positions, theta=100.0)[0], **SINGLE)
+
+
+def test_attention_dropout_drops_probabilities_in_training_alone(make):
+    layer, x = make(MultiHeadAttention, 0, attention_dropout=0.5), states(2, 7, 24)
+    probabilities = layer(x)[1]
+    assert_close(probabilities, attention(layer, x)[1], **EXACT)
+    dropped = layer.train()(x)[1]
+    kept = dropped != 0
+    assert 0 < kept.sum() < kept.numel()
+    assert_close(dropped[kept], 2 * probabilities[kept], **EXACT)
+
+
+def test_a_dropout_of_zero_changes_nothing_in_training(make):
+    block, x = make(TransformerBlock, 0), states(2, 7, 24)
+    assert torch.equal(block(x), block.train()(x))
+
+
+# ------------------------------------------------------------------------------------- feed-forward, norms, block
+
+
+@pytest.mark.parametrize("act", [*ACTIVATION_FORMULAS, "swiglu"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_feed_forward_is_the_formula(make, act, use_bias):
+    layer, x = make(FeedForward, hidden_act=act, use_bias=use_bias), states(2, 7, 24)
+    assert_close(layer(x), feed_forward(layer, x, act), **EXACT)
+
+
+def test_layer_norm_is_the_formula(randomise):
+    config = TransformerConfig(hidden_size=24, norm_eps=1e-3)
+    norm, x = randomise(make_norm(config)).double(), states(2, 7, 24)
+    assert_close(norm(x), layer_norm(x, norm.weight, norm.bias, 1e-3), **EXACT)
+
+
+def test_layer_norm_without_biases_has_none():
+    assert make_norm(TransformerConfig(hidden_size=24, use_bias=False)).bias is None
+
+
+def test_rms_norm_is_the_formula(randomise):
+    config = TransformerConfig(hidden_size=24, norm="rmsnorm", norm_eps=1e-3)
+    norm, x = randomise(make_norm(config)).double(), states(2, 7, 24)
+    assert_close(norm(x), root_mean_square_norm(x, norm.weight, 1e-3), **EXACT)
+
+
+def normalise(norm, x):
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def test_pre_norm_block_is_the_formula(make):
+    block, x = make(TransformerBlock, 0, norm_position="pre"), states(2, 7, 24)
+    h = x + attention(block.attention, normalise(block.attention_norm, x))[0]
+    expected = h + feed_forward(block.feed_forward, normalise(block.feed_forward_norm, h), "gelu")
+    assert_close(block(x), expected, **EXACT)
+
+
+def test_post_norm_block_is_the_formula(make):
+    block, x = make(TransformerBlock, 0, norm_position="post"), states(2, 7, 24)
+    h = normalise(block.attention_norm, x + attention(block.attention, x)[0])
+    expected = normalise(block.feed_forward_norm, h + feed_forward(block.feed_forward, h, "gelu"))
+    assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_a_decoder_block_attends_to_itself_then_to_the_encoder(make, norm_position):
+    block = make(
+        TransformerBlock, 0, norm_position=norm_position, layer_kwargs={"is_causal": True, "cross_attention": True}
+    )
+    x, source, position, source_position = states(2, 5, 24), states(2, 9, 24), states(2, 5, 24), states(2, 9, 24)
+    source_bias = states(2, 1, 1, 9)
+    output = block(
+        x,
+        causal_bias(5).expand(2, 1, 5, 5),
+        encoder_hidden_states=source,
+        encoder_attention_mask=source_bias,
+        position_embeddings=position,
+        encoder_position_embeddings=source_position,
+    )
+
+    def residual(h, sublayer, norm):
+        return h + sublayer(normalise(norm, h)) if norm_position == "pre" else normalise(norm, h + sublayer(h))
+
+    def attend(h):
+        terms = {"query_position": position, "key_position": position}
+        return attention(block.attention, h, bias=causal_bias(5), **terms)[0]
+
+    def cross_attend(h):
+        terms = {"query_position": position, "key_position": source_position}
+        return attention(block.cross_attention, h, source, bias=source_bias[:, 0], **terms)[0]
+
+    expected = residual(x, attend, block.attention_norm)
+    expected = residual(expected, cross_attend, block.cross_attention_norm)
+    expected = residual(expected, lambda h: feed_forward(block.feed_forward, h, "gelu"), block.feed_forward_norm)
+    assert_close(output, expected, **EXACT)
+
+
+def test_a_stack_is_its_blocks_one_after_the_other(make):
+    stack, x = make(TransformerStack, 3), states(2, 7, 24)
+    assert torch.equal(stack(x), stack[2](stack[1](stack[0](x))))
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_without_positions_an_encoder_is_permutation_equivariant(make, norm_position, backend):
+    """f(P x) = P f(x): attention alone does not know any order, which is why positions exist."""
+    stack = make(TransformerStack, 3, norm_position=norm_position, backend=backend)
+    x, order = states(2, 7, 24), torch.randperm(7)
+    assert_close(stack(x[:, order]), stack(x)[:, order], **EXACT)
+    position = states(2, 7, 24)  # and with positions it does
+    moved = stack(x[:, order], position_embeddings=position)
+    assert (moved - stack(x, position_embeddings=position)[:, order]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_causal_stack_never_looks_ahead(make, backend):
+    stack = make(TransformerStack, 3, backend=backend, layer_kwargs={"is_causal": True})
+    mask = causal_bias(7).expand(1, 1, 7, 7) if backend == "eager" else None
+    x = states(1, 7, 24)
+    for changed in range(1, 7):
+        other = x.clone()
+        other[:, changed] = states(24)
+        difference = (stack(other, mask) - stack(x, mask)).abs().amax(-1)[0]
+        assert (difference[:changed] == 0).all()
+        assert (difference[changed:] > 1e-6).all()
+
+
+# ----------------------------------------------------------------------------------------------------- positions
+
+
+def test_sinusoidal_encoding_is_the_formula():
+    encoding = sinusoidal_encoding(torch.arange(50), 12, temperature=1000.0)
+    for position in range(50):
+        for i in range(6):
+            angle = position / 1000.0 ** (2 * i / 12)
+            assert encoding[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert encoding[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_two_dimensional_sinusoidal_encoding_tells_the_row_then_the_column():
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.linspace(0, 2 * math.pi, 5), indexing="ij")
+    encoding = sinusoidal_encoding_2d(rows, columns, 16)
+    assert encoding.shape == (4, 5, 16)
+    for row in range(4):
+        for column in range(5):
+            assert_close(encoding[row, column, :8], sinusoidal_encoding(rows[row, column], 8))
+            assert_close(encoding[row, column, 8:], sinusoidal_encoding(columns[row, column], 8))
+
+
+def test_learned_two_dimensional_positions_share_halves_along_rows_and_columns(randomise):
+    positions = randomise(LearnedPositions2D(6, 7, 8))
+    encoding = positions(4, 5)
+    assert encoding.shape == (4, 5, 8)
+    for row in range(4):
+        for column in range(5):
+            assert torch.equal(encoding[row, column, :4], positions.column_embeddings.weight[column])
+            assert torch.equal(encoding[row, column, 4:], positions.row_embeddings.weight[row])
+
+
+def test_rotary_is_a_rotation_of_each_pair():
+    x, positions = states(2, 3, 9, 8), torch.stack((torch.arange(9), torch.arange(9) * 5))
+    rotated = apply_rotary(x, *rotary_angles(positions, 8, 50.0, torch.float64))
+    assert_close(rotated, rotate(x, positions[:, None], 50.0), **SINGLE)
+    assert_close(rotated.norm(dim=-1), x.norm(dim=-1), **SINGLE)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    query, key = states(1, 1, 1, 16), states(1, 1, 1, 16)
+
+    def score(query_position, key_position):
+        def turn(x, p):
+            return apply_rotary(x, *rotary_angles(torch.tensor([[p]]), 16, dtype=torch.float64))
+
+        return (turn(query, query_position) * turn(key, key_position)).sum()
+
+    assert_close(score(7, 3), score(107, 103), **SINGLE)
+    assert_close(score(0, 40), score(25, 65), **SINGLE)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sinusoidal_encoding(torch.arange(3), 7),
+        lambda: sinusoidal_encoding_2d(torch.arange(3), torch.arange(3), 6),
+        lambda: LearnedPositions2D(3, 3, 7),
+        lambda: rotary_angles(torch.arange(3)[None], 7),
+    ],
+)
+def test_positions_refuse_sizes_that_do_not_divide(call):
+    with pytest.raises(ValueError, match="[67]"):
+        call()
+
+
+# ------------------------------------------------------------------------------------------ language-model loss
+
+
+def plain_cross_entropy(hidden_states, weight, targets):
+    return F.cross_entropy(hidden_states @ weight.T, targets)
+
+
+def loss_and_gradients(loss_function, hidden_states, weight, targets, **kwargs):
+    hidden_states, weight = hidden_states.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_function(hidden_states, weight, targets, **kwargs)
+    (3 * loss).backward()  # a factor, so that the incoming gradient counts
+    return loss.detach(), hidden_states.grad, weight.grad
+
+
+@pytest.fixture
+def problem():
+    """Hidden states (M, D), head weights (V, D), and targets (M,) of which some are not scored."""
+
+    def problem(num_tokens=40, vocab_size=50, hidden_size=8):
+        targets = torch.randint(0, vocab_size, (num_tokens,))
+        targets[::5] = -100
+        return torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size), targets
+
+    return problem
+
+
+def test_linear_cross_entropy_is_cross_entropy_of_the_logits(problem):
+    hidden_states, weight, targets = problem()
+    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
+    expected = loss_and_gradients(plain_cross_entropy, hidden_states.double(), weight.double(), targets)
+    assert_close(actual, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_cross_entropy_in_slices_is_the_same(problem):
+    """1,100 tokens of a vocabulary of 16,384 are more than one slice, and the last slice is a short one."""
+    hidden_states, weight, targets = problem(1100, 16384)
+    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
+    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [7, 7.0, torch.tensor(7)], ids=repr)
+def test_the_sum_of_losses_is_divided_by_num_items(problem, num_items):
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states, weight, targets, num_items)
+    assert_close(loss, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum") / 7)
+
+
+def test_another_ignore_index_is_honoured(problem):
+    hidden_states, weight, targets = problem()
+    actual = linear_cross_entropy(hidden_states, weight, targets.where(targets >= 0, 3), ignore_index=3)
+    assert_close(actual, F.cross_entropy(hidden_states @ weight.T, targets.where(targets >= 0, 3), ignore_index=3))
+
+
+def test_nothing_scored_is_a_loss_of_zero_and_gradients_of_zero(problem):
+    hidden_states, weight, targets = problem()
+    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states, weight, torch.full_like(targets, -100))
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)  # and so not NaN
+
+
+@pytest.mark.parametrize("frozen", ["hidden_states", "weight"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_its_own(problem, frozen):
+    hidden_states, weight, targets = problem()
+    _, *expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    hidden_states.requires_grad_(frozen != "hidden_states")
+    weight.requires_grad_(frozen != "weight")
+    (3 * linear_cross_entropy(hidden_states, weight, targets)).backward()
+    if frozen == "weight":
+        assert weight.grad is None
+        assert_close(hidden_states.grad, expected[0], rtol=1e-5, atol=1e-6)
+    else:
+        assert hidden_states.grad is None
+        assert_close(weight.grad, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_the_products_are_bfloat16_and_the_loss_float32(problem):
+    hidden_states, weight, targets = problem()
+    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
+    assert all(tensor.dtype == torch.float32 for tensor in actual)
+    assert_close(actual, expected, rtol=0.03, atol=0.01)
+    assert not torch.equal(actual[0], expected[0])
+
+
+def test_bfloat16_weights_get_bfloat16_gradients(problem):
+    hidden_states, weight, targets = problem()
+    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states.bfloat16(), weight.bfloat16(), targets)
+    assert loss.dtype == torch.float32
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+    assert_close((loss, *gradients), expected, check_dtype=False, rtol=0.03, atol=0.01)
+
+
+def test_a_second_backward_pass_is_refused(problem):
+    """The gradients were made in the forward pass and are scaled in place: they can be handed out once."""
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight.requires_grad_(), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
