@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
 
-from .layers import ACTIVATIONS, FeedForward, MultiHeadAttention, TransformerBlock
+from .layers import ACTIVATIONS, MultiHeadAttention, TransformerBlock
 
 ZOO_VERSION = "0.1.0"
 
@@ -38,7 +38,8 @@ class TransformerConfig(PreTrainedConfig):
         zoo_version: the version of hf_models that wrote the checkpoint.
 
     Raises:
-        ValueError: a field is outside its range, or two fields do not fit; the message names them.
+        ValueError, or around it huggingface_hub's `StrictDataclassError` as for any config: a field is of the wrong
+            kind or outside its range, or two fields do not fit; the message names them.
     """
 
     hidden_size: int = 768
@@ -113,8 +114,11 @@ class TransformerConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATIONS)}")
-        for field in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, field) < 1.0:
+        for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+            if getattr(self, field, 1) < 1:  # a family need not have them all
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
+            if not 0.0 <= getattr(self, field, 0.0) < 1.0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a probability: 0 <= {field} < 1")
 
 
@@ -140,16 +144,16 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        # Only modules with parameters of their own come here, so a projection has to be known by itself, not by the
+        # attention or the feed-forward around it.
         super()._init_weights(module)
         config = self.config
-        residual_projection = {MultiHeadAttention: "o_proj", FeedForward: "down_proj"}.get(type(module))
-        if residual_projection is None or config.residual_init == "normal":
+        if not getattr(module, "ends_residual_branch", False) or config.residual_init == "normal":
             return
-        weight = getattr(module, residual_projection).weight
         if config.residual_init == "zero":
-            init.zeros_(weight)
+            init.zeros_(module.weight)
         else:
-            init.normal_(weight, mean=0.0, std=config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
+            init.normal_(module.weight, mean=0.0, std=config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
 
     def check_output_attentions(self, output_attentions):
         """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""

@@ -22,7 +22,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -189,7 +188,7 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        self.check_output_attentions(kwargs.pop("output_attentions", False))
+        self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
@@ -199,20 +198,20 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
                 f"{num_tokens} tokens, but max_position_embeddings is {self.config.max_position_embeddings}: "
                 "cut the input, or use a model with more positions"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        given_position_ids = position_ids
-        if position_ids is None:
-            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + seen_tokens)[None]
-
+        # Only what the caller gave decides the mask: position ids may mark documents, but not where a cache came along.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=given_position_ids,  # only what the caller gave can mark documents
+            position_ids=position_ids,
         )
+        if position_ids is None:
+            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + seen_tokens)[None]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
         hidden_states, rotary = inputs_embeds, None
         if self.config.position_embedding_type == "rotary":
             rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
@@ -259,7 +258,6 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -270,7 +268,8 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), usually `input_ids` themselves: the model shifts them, so that each place predicts the
                 next token; -100 is not scored.
-            shift_labels: (B, T), labels already shifted: entry t is what place t shall predict.
+            shift_labels: (B, T), labels already shifted: entry t is what place t shall predict. By keyword; it is not
+                in the signature, where `Trainer` would take it for a label that every batch must have.
             num_items_in_batch: what the summed loss is divided by; by default the number of scored places.
             logits_to_keep: compute logits for the last that many places only (0: all), or for these indices.
             return_logits: whether to return logits beside a loss. Default: not while training, where the (B, T, V)
@@ -280,6 +279,7 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
             `loss` if labels were given, `logits` (B, T, V) unless left out, `past_key_values`, and on request
             `hidden_states` and `attentions`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -289,7 +289,8 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, places]
         has_labels = labels is not None or shift_labels is not None
         if return_logits is None:
             return_logits = not (has_labels and self.training)
@@ -327,6 +328,7 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
     2018, section 3.2)."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # the loss is a mean over the rows given, and `Trainer` averages accumulated ones
     stock_class_name = "GPT2ForSequenceClassification"
 
     def __init__(self, config: ZooGPTConfig):

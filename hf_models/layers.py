@@ -85,6 +85,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.use_bias)
+        self.o_proj.ends_residual_branch = True  # `residual_init` decides how it starts
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -155,6 +156,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.down_proj.ends_residual_branch = True
         self.gate_proj = None
         if config.hidden_act == "swiglu":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)

@@ -116,9 +116,9 @@ def stock_gpt2(randomise):
 @pytest.fixture
 def tokenizer():
     """One token per character; 64 tokens, of which the first ends a text."""
-    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?'-\n"
-    vocabulary = {token: number for number, token in enumerate(["<end>", *characters])}
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?'-\n"
+    vocabulary = {token: number for number, token in enumerate(["<end>", *letters])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    plain.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     plain.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")

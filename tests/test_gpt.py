@@ -1,0 +1,374 @@
+"""ZooGPT: its config, its outputs and losses, its heads. How it runs elsewhere is test_gpt_runtimes.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_models import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel, __version__
+
+SAME = {"rtol": 1e-5, "atol": 1e-5}
+CLASSES = [ZooGPTModel, ZooGPTForCausalLM, ZooGPTForSequenceClassification]
+
+
+# -------------------------------------------------------------------------------------------------------- config
+
+
+def test_the_defaults_are_gpt2_small():
+    config = ZooGPTConfig()
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (50257, 768, 12)
+    assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (64, 12, 3072)
+    assert config.zoo_version == __version__
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_size": 30}, "hidden_size .*num_attention_heads"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads .*num_attention_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 7, "position_embedding_type": "rotary"}, "head_dim"),
+        ({"hidden_size": 33, "head_dim": 8, "position_embedding_type": "sinusoidal"}, "hidden_size"),
+        ({"hidden_act": "geluu"}, "hidden_act.*gelu_new"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout"),
+        ({"attention_dropout": -0.1}, "attention_dropout"),
+        ({"embedding_dropout": 1.5}, "embedding_dropout"),
+        ({"norm": "batchnorm"}, "norm"),
+        ({"norm_position": "middle"}, "norm_position"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type"),
+        ({"residual_init": "ones"}, "residual_init"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"head_dim": 0}, "head_dim"),
+    ],
+    ids=str,
+)
+def test_a_field_that_does_not_fit_is_named(fields, named):
+    with pytest.raises((ValueError, StrictDataclassError), match=rf"(?s){named}"):
+        ZooGPTConfig(**{"hidden_size": 32, "num_attention_heads": 4, **fields})
+
+
+def test_a_config_made_invalid_afterwards_is_not_saved(tmp_path):
+    config = ZooGPTConfig(hidden_size=32, num_attention_heads=4)
+    config.num_key_value_heads = 3
+    with pytest.raises(StrictDataclassError, match="num_key_value_heads"):
+        config.save_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- weights: begin, save, load
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_saved_model_is_loaded_bit_by_bit(make_gpt, options, model_class, tokens, tmp_path):
+    model = make_gpt(model_class, pad_token_id=0, num_labels=3, **options)
+    model.save_pretrained(tmp_path)
+    again, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert all(getattr(again.config, field) == value for field, value in options.items())
+    assert not again.training
+
+
+@pytest.mark.parametrize("saved_class", CLASSES)
+def test_the_auto_classes_open_a_checkpoint_of_any_class(make_gpt, saved_class, tokens, tmp_path):
+    make_gpt(saved_class, pad_token_id=0).save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ZooGPTConfig
+    for auto_class, our_class in zip(
+        [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification], CLASSES, strict=True
+    ):
+        model = auto_class.from_pretrained(tmp_path)
+        assert type(model) is our_class
+        assert model(tokens)[0].isfinite().all()  # a head that was not in the file begins properly, not as garbage
+
+
+def test_the_head_and_the_embedding_are_one_matrix_when_tied(make_gpt, tmp_path):
+    tied, untied = make_gpt(), make_gpt(tie_word_embeddings=False)
+    assert tied.lm_head.weight is tied.transformer.embed_tokens.weight
+    assert untied.num_parameters() - tied.num_parameters() == 64 * 32
+    tied.save_pretrained(tmp_path)
+    again = ZooGPTForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.transformer.embed_tokens.weight
+
+
+def big_enough_to_measure(**fields):
+    return ZooGPTForCausalLM(ZooGPTConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=2, **fields))
+
+
+@pytest.mark.parametrize(("residual_init", "expected"), [("normal", 0.02), ("scaled", 0.01), ("zero", 0.0)])
+def test_projections_that_end_a_residual_branch_begin_as_told(residual_init, expected):
+    model = big_enough_to_measure(vocab_size=100, residual_init=residual_init)
+    for block in model.transformer.layers:
+        for projection in (block.attention.o_proj, block.feed_forward.down_proj):
+            assert projection.weight.std().item() == pytest.approx(expected, rel=0.05)
+            assert (projection.bias == 0).all()
+        assert block.attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert (block.attention_norm.weight == 1).all()
+
+
+def test_blocks_begin_as_the_identity_with_residual_init_zero():
+    model = big_enough_to_measure(vocab_size=100, residual_init="zero", norm="rmsnorm", use_bias=False)
+    hidden_states = torch.randn(2, 5, 256)
+    assert torch.equal(model.transformer.layers(hidden_states), hidden_states)
+
+
+def test_an_untrained_model_knows_nothing(tokens):
+    loss = big_enough_to_measure(vocab_size=64)(tokens, labels=tokens).loss
+    assert loss.item() == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_later_token_never_changes_an_earlier_output(make_gpt, options, backend, tokens):
+    model = make_gpt(attn_implementation=backend, **options)
+    before = model(tokens).logits
+    for changed in (1, 6, 11):
+        other = tokens.clone()
+        other[:, changed] = (other[:, changed] + 1) % 64
+        difference = (model(other).logits - before).abs().amax(-1)
+        assert (difference[:, :changed] == 0).all()
+        assert (difference[:, changed] > 1e-4).all()
+
+
+def test_order_matters(make_gpt, options, tokens):
+    """With positions, swapping two tokens that came before changes what is predicted."""
+    model = make_gpt(**options)
+    swapped = tokens[:, [1, 0, *range(2, 12)]]
+    assert (model(swapped).logits[:, -1] - model(tokens).logits[:, -1]).abs().max() > 1e-4
+
+
+def test_embeddings_may_be_given_in_place_of_tokens(make_gpt, options, tokens):
+    model = make_gpt(**options)
+    inputs_embeds = model.get_input_embeddings()(tokens)
+    assert torch.equal(model(inputs_embeds=inputs_embeds).logits, model(tokens).logits)
+
+
+def test_exactly_one_kind_of_input_is_asked_for(make_gpt, tokens):
+    model = make_gpt()
+    for inputs in ({}, {"input_ids": tokens, "inputs_embeds": model.get_input_embeddings()(tokens)}):
+        with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
+            model(**inputs)
+
+
+def test_more_tokens_than_learned_positions_are_refused(make_gpt):
+    with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings is 64"):
+        make_gpt()(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "rotary"])
+def test_computed_positions_go_on_beyond_the_trained_length(make_gpt, position_embedding_type):
+    model = make_gpt(position_embedding_type=position_embedding_type)
+    assert model(torch.randint(0, 64, (1, 80))).logits.isfinite().all()
+
+
+def test_padding_on_the_right_changes_no_real_place(make_gpt, options, tokens):
+    model = make_gpt(**options)
+    mask = torch.ones_like(tokens)
+    mask[:, 8:] = 0
+    assert_close(model(tokens, attention_mask=mask).logits[:, :8], model(tokens[:, :8]).logits, **SAME)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("asked", [{}, {"use_cache": False}], ids=str)
+def test_packed_documents_are_as_separate_ones(make_gpt, options, backend, asked, tokens):
+    """Positions that begin again at 0 keep attention within each document, and a loss sees no difference."""
+    model = make_gpt(attn_implementation=backend, **options)
+    lengths = [3, 4, 5]
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
+    packed = model(tokens, position_ids=position_ids, **asked).logits
+    separate = torch.cat([model(document).logits for document in tokens.split(lengths, dim=1)], dim=1)
+    assert_close(packed, separate, **SAME)
+
+
+def test_hidden_states_and_attentions_on_request(make_gpt, options, tokens):
+    model = make_gpt(**options)
+    plain = model(tokens)
+    assert plain.hidden_states is None and plain.attentions is None
+    outputs = model(tokens, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(outputs.logits, plain.logits)
+    assert [states.shape for states in outputs.hidden_states] == [(3, 12, 32)] * 3
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), plain.logits)
+    assert [attention.shape for attention in outputs.attentions] == [(3, 4, 12, 12)] * 2
+    for attention in outputs.attentions:
+        assert_close(attention.sum(-1), torch.ones(3, 4, 12))
+        assert (attention.triu(1) == 0).all()
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_attention_maps_of_a_backend_that_forms_none_are_refused(make_gpt, model_class, tokens):
+    model = make_gpt(model_class, attn_implementation="sdpa", pad_token_id=0)
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="eager"):  # the config refuses as in stock
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(tokens).attentions) == 2
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model(tokens)
+
+
+def test_a_tuple_on_request(make_gpt, tokens):
+    model = make_gpt()
+    loss, logits, _ = model(tokens, labels=tokens, return_dict=False)
+    expected = model(tokens, labels=tokens)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_is_the_mean_surprise_at_the_next_token(make_gpt, options, tokens):
+    model = make_gpt(**options)
+    labels = tokens.clone()
+    labels[0, :7] = -100
+    outputs = model(tokens, labels=labels)
+    log_probabilities = outputs.logits.double().log_softmax(-1)
+    surprises = [
+        -log_probabilities[row, place, labels[row, place + 1]]
+        for row in range(3)
+        for place in range(11)
+        if labels[row, place + 1] != -100
+    ]
+    assert_close(outputs.loss, sum(surprises) / len(surprises), check_dtype=False, **SAME)
+
+
+def gradients(model):
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, 20, torch.tensor(20)], ids=repr)
+def test_loss_and_gradients_are_the_same_with_and_without_logits(make_gpt, options, tokens, num_items_in_batch):
+    """In training the logits are not kept: that is another way to compute the same thing."""
+    model = make_gpt(**options).train()
+    asked = {"labels": tokens, "num_items_in_batch": num_items_in_batch}
+    with_logits = model(tokens, return_logits=True, **asked)
+    with_logits.loss.backward()
+    expected = gradients(model)
+    without = model(tokens, **asked)
+    without.loss.backward()
+    assert with_logits.logits.shape == (3, 12, 64) and without.logits is None
+    assert_close(without.loss, with_logits.loss, **SAME)
+    assert_close(gradients(model), expected, **SAME)
+
+
+def test_logits_are_there_whenever_they_are_not_a_waste(make_gpt, tokens):
+    model = make_gpt()
+    assert model(tokens, labels=tokens).logits is not None
+    assert model(tokens, labels=tokens, return_logits=False).logits is None
+    model.train()
+    assert model(tokens).logits is not None
+    assert model(tokens, labels=tokens).logits is None
+    assert model(tokens, labels=tokens, return_logits=True).logits is not None
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_labels_may_come_shifted(make_gpt, tokens, return_logits):
+    model = make_gpt()
+    shifted = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    asked = {"return_logits": return_logits}
+    assert_close(model(tokens, shift_labels=shifted, **asked).loss, model(tokens, labels=tokens, **asked).loss)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_num_items_in_batch_divides_the_summed_loss(make_gpt, tokens, return_logits):
+    """So that micro-batches add up to their batch, however the scored tokens fall."""
+    model = make_gpt()
+    labels = tokens.clone()
+    labels[0, 2:] = -100
+    whole = model(tokens, labels=labels).loss
+    num_items = (labels[:, 1:] != -100).sum()
+    asked = {"num_items_in_batch": num_items, "return_logits": return_logits}
+    parts = [model(tokens[row, None], labels=labels[row, None], **asked).loss for row in range(3)]
+    assert_close(sum(parts), whole, **SAME)
+
+
+def test_logits_of_chosen_places_alone(make_gpt, tokens):
+    model = make_gpt()
+    assert_close(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:], **SAME)
+    places = torch.tensor([0, 5])
+    assert_close(model(tokens, logits_to_keep=places).logits, model(tokens).logits[:, places], **SAME)
+
+
+def test_dropout_acts_in_training_alone(make_gpt, tokens):
+    for field in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
+        model = make_gpt(**{field: 0.5})
+        assert torch.equal(model(tokens).logits, model(tokens).logits)
+        model.train()
+        assert not torch.equal(model(tokens).logits, model(tokens).logits), field
+
+
+# ----------------------------------------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("told_by", ["attention_mask", "pad_token_id"])
+def test_a_text_is_classified_at_its_last_real_token(make_gpt, options, tokens, padding_side, told_by):
+    model = make_gpt(
+        ZooGPTForSequenceClassification, num_labels=3, pad_token_id=0 if told_by == "pad_token_id" else None, **options
+    )
+    tokens = tokens.clamp(min=1)
+    mask = torch.ones_like(tokens)
+    mask[1, slice(0, 4) if padding_side == "left" else slice(8, None)] = 0
+    mask[2, slice(0, 11) if padding_side == "left" else slice(1, None)] = 0
+    padded = {"attention_mask": mask} if told_by == "attention_mask" else {}
+    logits = model(tokens * mask, **padded).logits
+    assert logits.shape == (3, 3)
+    for row in range(3):
+        if padding_side == "left" and (told_by == "pad_token_id" or row > 0):
+            continue  # without a mask padding is seen, and on the left it moves the positions: as in stock
+        assert_close(logits[row], model(tokens[row, mask[row].bool()][None]).logits[0], **SAME)
+    # Whatever the side, the last real token decides: changing it changes the answer of its row alone.
+    last = 11 if padding_side == "left" else 7
+    other = (tokens * mask).clone()
+    other[1, last] = other[1, last] % 63 + 1
+    changed = (model(other, **padded).logits - logits).abs().amax(-1)
+    assert changed[1] > 1e-4 and changed[0] == 0 and changed[2] == 0
+
+
+def test_rows_that_nothing_ends_are_refused(make_gpt, tokens):
+    model = make_gpt(ZooGPTForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match=r"attention_mask.*pad_token_id"):
+        model(tokens)
+    assert model(tokens[:1]).logits.shape == (1, 2)
+
+
+LABELS = {
+    "single_label_classification": (3, torch.tensor([0, 2, 1])),
+    "multi_label_classification": (3, torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])),
+    "regression": (1, torch.tensor([0.5, -1.0, 2.0])),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["problem named", "problem guessed"])
+@pytest.mark.parametrize("problem_type", LABELS)
+def test_classification_loss(make_gpt, tokens, problem_type, named):
+    num_labels, labels = LABELS[problem_type]
+    model = make_gpt(
+        ZooGPTForSequenceClassification,
+        num_labels=num_labels,
+        pad_token_id=0,
+        problem_type=problem_type if named else None,
+    )
+    outputs = model(tokens.clamp(min=1), labels=labels)
+    logits = outputs.logits.double()
+    expected = {
+        "single_label_classification": lambda: -logits.log_softmax(-1)[range(3), labels].mean(),
+        "multi_label_classification": lambda: (
+            -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean()
+        ),
+        "regression": lambda: ((logits[:, 0] - labels) ** 2).mean(),
+    }[problem_type]()
+    assert_close(outputs.loss, expected, check_dtype=False, **SAME)

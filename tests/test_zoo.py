@@ -1,0 +1,132 @@
+"""The zoo of named sizes: what each is, and how it is found."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hf_models
+from hf_models import ZooGPTForCausalLM, ZooGPTForSequenceClassification, create_config, create_model, list_models
+from hf_models.__main__ import main
+from hf_models.zoo import ZOO, count_parameters
+
+# Name -> parameters as the paper prints them, and how far off that figure is allowed to be. Where ours differs by
+# more than rounding, the reason stands beside it.
+PAPER = {
+    "gpt1": (117e6, 0.005),
+    "gpt2-small": (124e6, 0.005),  # the paper's table 2 says 117M; its authors corrected it to 124M later
+    "gpt2-medium": (355e6, 0.005),  # table 2: 345M, corrected likewise
+    "gpt2-large": (774e6, 0.005),  # table 2: 762M, corrected likewise
+    "gpt2-xl": (1558e6, 0.005),  # table 2: 1542M, corrected likewise
+    "gpt3-small": (125e6, 0.005),
+    "gpt3-medium": (350e6, 0.02),
+    "gpt3-large": (760e6, 0.005),
+    "gpt3-xl": (1.5e9, 0.02),  # the table's 1.3B is 24 layers of width 2048; its 24 heads of 128 are wider than that
+    "gpt3-2.7b": (2.7e9, 0.02),
+    "gpt3-6.7b": (6.7e9, 0.01),
+    "gpt3-13b": (13.0e9, 0.015),
+    "gpt3-175b": (175e9, 0.005),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_published_size_has_the_parameters_of_its_paper(name):
+    published, tolerance = PAPER[name]
+    assert count_parameters(name) == pytest.approx(published, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "exactly"),
+    [
+        ("gpt1", 116_534_784),
+        ("gpt2-small", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_released_models_are_met_to_the_parameter(name, exactly):
+    assert count_parameters(name) == exactly
+
+
+# Layers, width, heads, head size: Brown et al. 2020, table 2.1. 13B is 5120 wide, the table's 5140 being a misprint.
+GPT3_TABLE = {
+    "gpt3-small": (12, 768, 12, 64),
+    "gpt3-medium": (24, 1024, 16, 64),
+    "gpt3-large": (24, 1536, 16, 96),
+    "gpt3-xl": (24, 2048, 24, 128),
+    "gpt3-2.7b": (32, 2560, 32, 80),
+    "gpt3-6.7b": (32, 4096, 32, 128),
+    "gpt3-13b": (40, 5120, 40, 128),
+    "gpt3-175b": (96, 12288, 96, 128),
+}
+
+
+@pytest.mark.parametrize("name", GPT3_TABLE)
+def test_gpt3_is_its_table(name):
+    config = create_config(name)
+    assert GPT3_TABLE[name] == (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.head_dim,
+    )
+    assert (config.max_position_embeddings, config.vocab_size) == (2048, 50257)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if create_config(name).hidden_size <= 1600])
+def test_every_name_takes_a_training_step(name):
+    """Cut to one layer, a short context and a small vocabulary."""
+    model = create_model(name, num_hidden_layers=1, vocab_size=32, max_position_embeddings=16).train()
+    tokens = torch.randint(0, 32, (1, 16))
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_every_name_names_its_source():
+    assert all(entry.paper for entry in ZOO.values())
+
+
+def test_names_are_listed_sorted_and_by_pattern():
+    assert list_models() == sorted(ZOO)
+    assert list_models("gpt2*") == ["gpt2-large", "gpt2-medium", "gpt2-small", "gpt2-xl"]
+    assert list_models("nothing") == []
+
+
+def test_a_name_can_be_changed_in_fields_and_class():
+    model = create_model("gpt-tiny", num_hidden_layers=1, hidden_size=64)
+    assert type(model) is ZooGPTForCausalLM
+    assert (len(model.transformer.layers), model.config.hidden_size, model.config.head_dim) == (1, 64, 16)
+    classifier = create_model("gpt-tiny", ZooGPTForSequenceClassification, num_labels=5)
+    assert classifier.score.out_features == 5
+    assert create_config("gpt2-small", n_layer=3).num_hidden_layers == 3
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'gpt2-smal'.*gpt2-small"):
+        create_model("gpt2-smal")
+    with pytest.raises(ValueError, match=r"'llama'.*gpt2-small"):  # nothing is near: all are named
+        create_config("llama")
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(ValueError, match=r"num_hiden_layers.*num_hidden_layers"):
+        create_model("gpt-tiny", num_hiden_layers=3)
+
+
+def test_the_command_line_lists_name_parameters_and_paper():
+    command = [sys.executable, "-m", "hf_models", "gpt2-*"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 5
+    assert "124,439,808" in lines[3] and "Radford et al. 2019" in lines[3] and lines[3].startswith("gpt2-small")
+
+
+def test_the_command_line_says_when_nothing_matches():
+    with pytest.raises(SystemExit, match=r"llama\*"):
+        main("llama*")
+
+
+def test_what_the_package_promises_is_there():
+    assert all(hasattr(hf_models, name) for name in hf_models.__all__)
