@@ -21,6 +21,7 @@ from typing import Literal
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from tqdm.auto import tqdm
 
 
 def option(default, help: str, group: str = "this script"):
@@ -56,6 +57,7 @@ class RunArguments:
         "adamw", "muon: on the blocks' matrices, AdamW elsewhere", "optimization"
     )
     learning_rate: float = option(1e-3, "peak learning rate", "optimization")
+    matrix_learning_rate: float | None = option(None, "Muon's peak learning rate; None: the same", "optimization")
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", "optimization")
     beta1: float = option(0.9, "AdamW's decay of the mean of the gradient", "optimization")
     beta2: float = option(0.99, "AdamW's decay of the mean of the squared gradient", "optimization")
@@ -98,6 +100,13 @@ class RunArguments:
             raise ValueError(f"cooldown_steps belongs to schedule 'constant', not to {self.schedule!r}")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
+
+
+def with_defaults(cls, **defaults) -> type:
+    """The dataclass `cls` with other defaults, for a script to subclass."""
+    changed = [field for field in dataclasses.fields(cls) if field.name in defaults]
+    fields = [(field.name, field.type, option(defaults[field.name], **field.metadata)) for field in changed]
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
 
 
 def parse_arguments(cls, argv: list[str] | None = None):
@@ -167,8 +176,14 @@ def user_errors():
         yield
     except (ValueError, OSError, StrictDataclassError) as error:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            print_error(one_line(error))
         raise SystemExit(2) from None
+
+
+def print_error(message: str):
+    """On stderr, on a line of its own even where a progress bar is."""
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def one_line(error: Exception) -> str:

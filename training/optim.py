@@ -83,7 +83,7 @@ def create_optimizers(
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates.
 
-    torch's own step orthogonalises in bfloat16, which a CPU without the instructions for it does a hundred times
+    torch's own step orthogonalises in bfloat16, which a CPU without the instructions for it does up to a hundred times
     slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by percents.
     Here a sharded update is gathered first, all matrices of one shape are orthogonalised in one batch, by every
     process for itself (five small products a matrix: little beside a step on thousands of tokens), and each process

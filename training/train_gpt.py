@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_models
-from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors
+from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors, with_defaults
 from training.documents import read_documents
 from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
@@ -35,14 +35,23 @@ from training.text import (
     tokenizer_fingerprint,
 )
 
+QUICKSTART = {  # a few minutes on two CPU cores
+    "model": "gpt-tiny",
+    "max_steps": 500,
+    "global_batch_size": 16,
+    "optimizer": "muon",
+    "learning_rate": 4e-3,
+    "final_learning_rate": 0.0,
+    "warmup_steps": 50,
+}
+
 
 @dataclass
-class GPTArguments(RunArguments):
-    model: str | None = option("gpt-tiny", "a name from `python -m hf_models`, or a checkpoint to start from", "model")
+class GPTArguments(with_defaults(RunArguments, **QUICKSTART)):
     config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
     tokenizer: str = option("bpe", "'bpe' or 'char', made from the data, or an existing tokenizer", "text")
     vocab_size: int = option(4096, "tokens of a 'bpe' tokenizer", "text")
-    context_length: int = option(256, "tokens of a row", "text")
+    context_length: int = option(128, "tokens of a row", "text")
     text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
     validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
     streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
@@ -50,7 +59,6 @@ class GPTArguments(RunArguments):
     eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
     sample_tokens: int = option(120, "tokens of the sample", "text")
-    matrix_learning_rate: float | None = option(None, "Muon's own peak learning rate", "optimization")
 
 
 class GPTData:
@@ -78,6 +86,7 @@ class Validation:
         self.args, self.accelerator, self.tokenizer, self.separator = args, accelerator, tokenizer, separator
         self.tokens, self.num_bytes = cache.tokens("validation"), cache.num_bytes("validation")
         self.metric = load_metric(LanguageModeling)
+        next(evaluation_rows(self.tokens, args.context_length, 1))  # raises ValueError now if there is too little text
 
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
@@ -123,10 +132,10 @@ def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
     options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **parse_fields(args.config)}
     if Path(args.model).exists() or "/" in args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
-        if len(tokenizer) > model.config.vocab_size:
+        if len(tokenizer) > model.config.vocab_size or not is_own_tokenizer(tokenizer, args.model):
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but {args.model} only {model.config.vocab_size}: "
-                f"give --tokenizer {args.model}"
+                f"the tokenizer, of {len(tokenizer)} tokens, is not the one {args.model} was trained with, of "
+                f"{model.config.vocab_size}: give --tokenizer {args.model}"
             )
         return model
     from_data = {
@@ -137,6 +146,14 @@ def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
         "pad_token_id": tokenizer.pad_token_id,
     }
     return hf_models.create_model(args.model, **{**from_data, **options})
+
+
+def is_own_tokenizer(tokenizer, checkpoint: str) -> bool:
+    """Whether the checkpoint has the same vocabulary; true if it has none to compare with."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint).get_vocab() == tokenizer.get_vocab()
+    except (OSError, ValueError):
+        return True
 
 
 def main():
@@ -173,7 +190,6 @@ def main():
                 tokenizer=tokenizer_fingerprint(tokenizer),
                 context_length=args.context_length,
                 within_document=args.within_document,
-                matrix_learning_rate=args.matrix_learning_rate,
             )
         data = GPTData(rows, args.global_batch_size)
         model, results = train(args, accelerator, model, data, validation.measure, identity, unit="tokens")
