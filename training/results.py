@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 
 from training.arguments import RunArguments, one_line
-from training.checkpoint import write_atomic
+from training.checkpoint import gather_training_state, write_atomic
 from training.draw import curves
 from training.publish import push, snippet, write_card
 
 
 class MetricsLog:
-    """`metrics.jsonl` and the tracker: a line per `log_every` steps and per evaluation, from the main process.
+    """The progress bar, `metrics.jsonl` and the tracker, from the main process: a line per `log_every` steps and per
+    evaluation.
 
     Sums since the last line are kept in `progress`, which travels in every checkpoint, and lines behind the resumed
     step are cut off: the file of a resumed run is that of an uninterrupted one, times aside.
@@ -43,6 +43,15 @@ class MetricsLog:
                     if json.loads(line)["step"] <= progress["step"]:
                         kept.append(line + "\n")
             write_atomic(self.path, "".join(kept))
+        self.bar = tqdm(
+            total=args.max_steps,
+            initial=progress["step"],
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        self.close = self.bar.close
 
     def add(self, loss: float, num_items: float, seconds: float):
         self.progress["loss_sum"] += loss
@@ -50,8 +59,9 @@ class MetricsLog:
         self.progress["num_steps"] += 1
         self.progress["seconds"] += seconds
         self.progress["interval_seconds"] += seconds
+        self.bar.update()
 
-    def write_training(self, learning_rate: float, gradient_norm, unit: str) -> dict[str, float]:
+    def write_training(self, learning_rate: float, gradient_norm: float | None, unit: str):
         progress = self.progress
         values = {
             "loss": progress["loss_sum"] / progress["num_steps"],
@@ -59,10 +69,11 @@ class MetricsLog:
             f"{unit}_per_second": round(progress["num_items"] / progress["interval_seconds"], 1),
         }
         if gradient_norm is not None:
-            values["gradient_norm"] = float(getattr(gradient_norm, "full_tensor", lambda: gradient_norm)())
+            values["gradient_norm"] = gradient_norm
         progress.update(loss_sum=0.0, num_items=0.0, num_steps=0, interval_seconds=0.0)
         self._write(values)
-        return values
+        rate = values[f"{unit}_per_second"]
+        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", f"{unit}/s": f"{rate:,.0f}"})
 
     def write_evaluation(self, results: dict[str, Any]):
         self._write(results)
@@ -100,13 +111,13 @@ def finish(
         data: source, fingerprint and licence of the training data.
     """
     output_dir = Path(args.output_dir)
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors, _ = gather_training_state(model, [])
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if accelerator.is_main_process:
         staging = output_dir / ".export"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            bare.save_pretrained(staging, state_dict=weights)
+            bare.save_pretrained(staging, state_dict=tensors["model"])
         except SafetensorError as error:  # a full disk, in its words
             raise OSError(f"writing the weights to {staging} failed: {one_line(error)}") from error
         processor.save_pretrained(staging)

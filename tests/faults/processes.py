@@ -1,0 +1,228 @@
+"""Real training processes for the tests: started, killed, and what they leave compared."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+TRAINER = str(REPOSITORY / "tests" / "faults" / "trainer.py")
+TRAIN_GPT = str(REPOSITORY / "training" / "train_gpt.py")
+
+STEPS, BATCH, SAVE_EVERY = 24, 8, 6
+OPTIONS = {
+    "tokenizer": "char",
+    "context_length": 16,
+    "global_batch_size": BATCH,
+    "max_steps": STEPS,
+    "optimizer": "muon",
+    "ema_decay": 0.9,
+    "learning_rate": 3e-3,
+    "warmup_steps": 4,
+    "save_every": SAVE_EVERY,
+    "eval_every": 12,
+    "log_every": 3,
+    "sample_tokens": 8,
+    "mixed_precision": "no",
+}
+MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+class Run:
+    """One process, or one launcher with its processes; `output` and `errors` are what it has printed so far."""
+
+    def __init__(self, folder: Path, pid: int, status):
+        self.folder, self.pid, self._status = folder, pid, status
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "stdout").read_text(errors="replace")
+
+    @property
+    def errors(self) -> str:
+        """Standard error without progress bars."""
+        lines = (self.folder / "stderr").read_text(errors="replace").replace("\r", "\n").splitlines()
+        return "\n".join(line for line in lines if line.strip() and "%|" not in line and "?it/s" not in line)
+
+    def wait(self, expected: int | None = None) -> int:
+        """The exit code, minus the signal that killed it."""
+        code = os.waitstatus_to_exitcode(self._status())
+        if expected is not None:
+            assert code == expected, f"exit code {code}\n{self.output}\n{self.errors}"
+        return code
+
+
+class Trainers:
+    """Starts trainings in this folder's `runs`, all on the same text."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        words = ["the", "zebra", "quietly", "folded", "seventeen", "maps", "of", "xylophones", "before", "dawn"]
+        choose = random.Random(0)
+        lines = [" ".join(choose.choices(words, k=9)) + "." for _ in range(500)]
+        self.text = folder / "text.txt"
+        self.text.write_text("\n".join(lines))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+        self.server = subprocess.Popen(
+            [sys.executable, TRAINER, "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self.environment,
+            text=True,
+        )
+        self.count = 0
+
+    def command(self, output_dir: Path, dropout: float = 0.0, **options) -> list[str]:
+        model = {**MODEL, "hidden_dropout": dropout, "attention_dropout": dropout, **options.pop("config", {})}
+        options = {"data": self.text, "output_dir": output_dir, **OPTIONS, **options}
+        options["config"] = ",".join(f"{name}={value}" for name, value in model.items())
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+
+    def start(self, output_dir: Path, *hooks: str, env: dict | None = None, **options) -> Run:
+        """A process of its own, forked from one that has made the imports. hooks: see trainer.py."""
+        return self.start_argv([*hooks, *self.command(output_dir, **options)], env)
+
+    def start_argv(self, argv: list[str], env: dict | None = None) -> Run:
+        folder = self._new_folder()
+        request = {"argv": argv, "env": env or {}, "folder": str(folder)}
+        pid = self._ask(request)
+        return Run(folder, pid, lambda: self._ask({"wait": pid, "seconds": 100}))
+
+    def run(self, output_dir: Path, *hooks: str, expected: int = 0, **options) -> Run:
+        run = self.start(output_dir, *hooks, **options)
+        run.wait(expected)
+        return run
+
+    def start_ranks(self, output_dir: Path, number: int, *hooks: str, env: dict | None = None, **options) -> list[Run]:
+        """Processes that train together through gloo, without a launcher that would end them all."""
+        shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": free_port(), **(env or {})}
+        ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(number)]
+        ranks = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+        return [self.start(output_dir, *hooks, env=rank, **options) for rank in ranks]
+
+    def run_ranks(self, output_dir: Path, number: int, *hooks: str, expected: int = 0, **options) -> list[Run]:
+        runs = self.start_ranks(output_dir, number, *hooks, **options)
+        for run in runs:
+            run.wait(expected)
+        return runs
+
+    def launch(self, output_dir: Path, *hooks: str, launcher: tuple = ("--cpu",), script=TRAINER, **options) -> Run:
+        """`accelerate launch` in a process group of its own."""
+        folder = self._new_folder()
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, script]
+        with open(folder / "stdout", "wb") as output, open(folder / "stderr", "wb") as errors:
+            process = subprocess.Popen(
+                [*command, *hooks, *self.command(output_dir, **options)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+        def status() -> int:
+            code = process.wait(180)
+            return code << 8 if code >= 0 else -code
+
+        return Run(folder, process.pid, status)
+
+    def launch_processes(self, output_dir: Path, number: int, *hooks: str, config="cpu_processes", **options) -> Run:
+        config = str(REPOSITORY / "training" / "accelerate" / f"{config}.yaml")
+        launcher = ("--config_file", config, "--num_processes", str(number))
+        return self.launch(output_dir, *hooks, launcher=launcher, **options)
+
+    def _new_folder(self) -> Path:
+        self.count += 1
+        folder = self.folder / f"process-{self.count}"
+        folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
+        return folder
+
+    def _ask(self, request: dict) -> int:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl without what is measured in time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("per_second")} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def assert_same_result(folder: Path, expected: Path):
+    """Weights, last checkpoint and metrics are the same, bit for bit."""
+    assert (folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    last = checkpoint_names(expected)[-1]
+    assert checkpoint_names(folder)[-1] == last
+    for stem in ("model", "optimizer", "ema"):
+        ours, theirs = (load_file(run / "checkpoints" / last / f"{stem}.safetensors") for run in (folder, expected))
+        assert ours.keys() == theirs.keys()
+        different = [name for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()]
+        assert not different, f"{stem}: {different}"
+    assert read_metrics(folder) == read_metrics(expected)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder but the lock."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(condition, seconds: float = 60, what: str = "what was waited for"):
+    """Polls until `condition()` is true and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.02)
+    return result
+
+
+def children(pid: int) -> list[int]:
+    """The living child processes of a process."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def kill(pid: int):
+    os.kill(pid, signal.SIGKILL)

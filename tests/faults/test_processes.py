@@ -1,0 +1,141 @@
+"""A run that changes its number of processes on the way, and the ready-made configurations of accelerate."""
+
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.faults.processes import (
+    BATCH,
+    REPOSITORY,
+    STEPS,
+    assert_same_result,
+    checkpoint_names,
+    free_port,
+    losses,
+    read_metrics,
+)
+
+CONFIGURATIONS = sorted((REPOSITORY / "training" / "accelerate").glob("*.yaml"))
+EVERY_STEP = {"log_every": 1}
+FSDP2 = {  # what the launcher makes of fsdp2_cpu.yaml
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "TransformerBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def assert_close(folder, expected):
+    """The two runs have the same losses to 1e-5, and weights that such losses leave."""
+    torch.testing.assert_close(losses(folder), losses(expected), rtol=1e-5, atol=1e-5)
+    ours, theirs = (load_file(run / "model.safetensors") for run in (folder, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def saved_names(folder) -> set[str]:
+    """Every parameter name in the result and in the last checkpoint."""
+    last = folder / "checkpoints" / checkpoint_names(folder)[-1]
+    names = set()
+    for path in (folder / "model.safetensors", last / "model.safetensors", last / "ema.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+@pytest.fixture(scope="module")
+def single(trainers, tmp_path_factory):
+    """The folder of a run of one process that logged every step."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    trainers.run(folder, **EVERY_STEP)
+    return folder
+
+
+def test_one_two_and_again_one_process_lose_and_repeat_no_sample(trainers, single, tmp_path):
+    run, rows = tmp_path / "run", tmp_path / "rows"
+    record = ("--record", str(rows))
+    trainers.run(run, *record, "--fault", "terminate:step:8", **EVERY_STEP)
+    trainers.run_ranks(run, 2, *record, "--fault", "terminate:step:9@1", micro_batch_size=2, **EVERY_STEP)
+    assert checkpoint_names(run)[-1] == "step-000017"
+    trainers.run(run, *record, micro_batch_size=2, **EVERY_STEP)
+    assert sorted(map(int, rows.read_text().split())) == list(range(STEPS * BATCH))
+    assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
+    assert_close(run, single)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(trainers, single, tmp_path):
+    runs = trainers.start_ranks(tmp_path / "run", 2, "--fault", "kill:update:10@1", **EVERY_STEP)
+    assert [run.wait() for run in runs][1] == -signal.SIGKILL
+    trainers.run_ranks(tmp_path / "run", 4, **EVERY_STEP)
+    assert_close(tmp_path / "run", single)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_a_configuration_parses_as_accelerate_reads_it(path):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config_file training/accelerate/{path.name}" in line for line in header)
+    args = launch_command_parser().parse_args(["--config_file", str(path), "training/train_gpt.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    written = yaml.safe_load(path.read_text())
+    assert args.num_processes == written["num_processes"] and args.mixed_precision == written["mixed_precision"]
+    assert args.use_fsdp == path.stem.startswith("fsdp2")
+    if args.use_fsdp:
+        assert args.fsdp_version == 2 and args.fsdp_transformer_layer_cls_to_wrap == "TransformerBlock"
+
+
+def test_fsdp2_trains_as_one_process_does_and_one_process_resumes_it(trainers, single, tmp_path):
+    """Muon, AdamW with its two groups, and the moving average on shards, through the configuration of accelerate."""
+    launched = trainers.launch_processes(
+        tmp_path / "run", 2, "--fault", "terminate:step:14@1", config="fsdp2_cpu", **EVERY_STEP
+    )
+    launched.wait(0)
+    assert "stopped by another process after step 14" in launched.output, launched.errors
+    trainers.run(tmp_path / "run", "--fault", "terminate:step:4", **EVERY_STEP)
+    trainers.run_ranks(tmp_path / "run", 2, env=FSDP2, micro_batch_size=2, **EVERY_STEP)
+    assert_close(tmp_path / "run", single)
+    assert saved_names(tmp_path / "run") == saved_names(single)
+
+
+def test_fsdp2_resumes_bit_identical(trainers, tmp_path):
+    trainers.run_ranks(tmp_path / "expected", 2, env=FSDP2, dropout=0.1)
+    runs = trainers.start_ranks(tmp_path / "run", 2, "--fault", "kill:update:10@0", env=FSDP2, dropout=0.1)
+    assert all(run.wait() for run in runs)
+    trainers.run_ranks(tmp_path / "run", 2, env=FSDP2, dropout=0.1)
+    assert_same_result(tmp_path / "run", tmp_path / "expected")
+
+
+def test_fsdp_version_1_is_refused(trainers, tmp_path):
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    first, second = trainers.run_ranks(tmp_path / "run", 2, env=env, expected=2)
+    assert "error: FSDP version 1 is not supported" in first.errors and "error:" not in second.errors
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_saves_plain_names_and_any_process_resumes_it(trainers, single, tmp_path, backend):
+    options = {"compile": True, **EVERY_STEP}
+    compiler = ("--compile_with", backend)
+    trainers.run_ranks(tmp_path / "run", 2, *compiler, "--fault", "terminate:step:14@1", **options)
+    trainers.run(tmp_path / "run", **EVERY_STEP)
+    assert_close(tmp_path / "run", single)
+    assert saved_names(tmp_path / "run") == saved_names(single)
+
+
+def test_two_machines(trainers, single, tmp_path):
+    """The configuration of several nodes on loopback, one process on each."""
+    config = str(REPOSITORY / "training/accelerate/nodes.yaml")
+    launcher = ("--config_file", config, "--num_processes", "2", "--main_process_ip", "127.0.0.1")
+    launcher += ("--main_process_port", str(free_port()))
+    machines = [
+        trainers.launch(tmp_path / "run", launcher=(*launcher, "--machine_rank", str(rank)), **EVERY_STEP)
+        for rank in (0, 1)
+    ]
+    for machine in machines:
+        machine.wait(0)
+    assert "The model is in" in machines[0].output and "The model" not in machines[1].output
+    assert_close(tmp_path / "run", single)
