@@ -398,7 +398,7 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is W x and nothing else: no adapter, no hook, no weight split over devices."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations")
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked
 
 

@@ -88,7 +88,7 @@ class RunArguments:
             "at least 1": (counts, lambda x: x >= 1),
             "at least 0": (sizes, lambda x: 0 <= x < math.inf),
             "at least 0 and below 1": (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1),
-            "above 0": (("learning_rate",), lambda x: 0 < x < math.inf),
+            "above 0": (("learning_rate", "matrix_learning_rate"), lambda x: 0 < x < math.inf),
             "a fraction of learning_rate, from 0 to 1": (("final_learning_rate",), lambda x: 0 <= x <= 1),
         }
         for bound, (names, holds) in bounds.items():
@@ -98,6 +98,8 @@ class RunArguments:
                     raise ValueError(f"{name} must be {bound}, not {value}")
         if self.cooldown_steps and self.schedule != "constant":
             raise ValueError(f"cooldown_steps belongs to schedule 'constant', not to {self.schedule!r}")
+        if self.cooldown_steps > self.max_steps:
+            raise ValueError(f"cooldown_steps is {self.cooldown_steps}, more than the {self.max_steps} of max_steps")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
 
@@ -175,7 +177,7 @@ def user_errors():
     try:
         yield
     except (ValueError, OSError, StrictDataclassError) as error:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":  # once a machine: each has its own data
             print_error(one_line(error))
         raise SystemExit(2) from None
 

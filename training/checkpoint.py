@@ -1,7 +1,5 @@
-"""Checkpoints that survive kill -9, a full disk and a flipped bit; the lock and the identity of a run.
+"""Checkpoints that survive kill -9, a full disk and a flipped bit.
 
-    output_dir/.lock                        held by the one process that writes the run
-    output_dir/run.json                     what the run is: model, data, seed, ...
     output_dir/checkpoints/step-000040/     model.safetensors, optimizer.safetensors, state.json, manifest.json
 
 A checkpoint is written under a temporary name, forced to disk, described by a manifest of sha256 sums and renamed
@@ -9,17 +7,12 @@ last, so that a folder named step-* was once whole; only then does an old one go
 everything else is JSON: nothing is ever unpickled.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-import socket
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,71 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-TEMPORARY = ".tmp-"  # whatever begins so was left by a dead process and may go
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path | str, data: str | bytes) -> None:
-    """Write `path` so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
-    path = Path(path)
-    temporary = _temporary_beside(path)
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary_beside(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
-
-
-def _write(path: Path, data: str | bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. A tied weight is stored once, its other names in the header under "aliases"."""
-    names: dict[tuple, str] = {}  # memory -> the name it is stored under
-    storages: set[int] = set()
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        memory = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and memory in names:
-            aliases[name] = names[memory]
-            continue
-        names[memory] = name
-        # safetensors refuses views that overlap (slices of one buffer): they get memory of their own.
-        stored[name] = (tensor.detach().clone() if storage in storages else tensor.detach()).contiguous()
-        storages.add(storage)
-    save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_record(path: Path) -> dict:
-    """Size in bytes and sha256 of a file, as a manifest lists it."""
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
+from training.files import TEMPORARY, file_record, fsync, temporary_beside, write_durably
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +81,7 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         if final.exists() and self._is_sound(final):
             return final
-        temporary = writing = _temporary_beside(final)
+        temporary = writing = temporary_beside(final)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{TEMPORARY}*"):
@@ -162,17 +91,17 @@ class Checkpoints:
                 writing = temporary / f"{stem}.safetensors"
                 _write_tensors(writing, named)
             writing = temporary / "state.json"
-            _write(writing, json.dumps(state))
+            write_durably(writing, json.dumps(state))
             files = {path.name: file_record(path) for path in sorted(temporary.iterdir())}
             writing = temporary / "manifest.json"
-            _write(writing, _sealed({"step": step, "files": files, "external": external or {}}))
+            write_durably(writing, _sealed({"step": step, "files": files, "external": external or {}}))
             writing = final
-            _fsync(temporary)
+            fsync(temporary)
             if final.exists():
                 self._discard(final)
             os.rename(temporary, final)
-            _fsync(self.folder)
-            _fsync(self.folder.parent)
+            fsync(self.folder)
+            fsync(self.folder.parent)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
             sound = [path.name for path in self._paths() if self._is_sound(path)]
             stands = f"{sound[0]} still stands" if sound else "there is no earlier checkpoint"
@@ -233,7 +162,7 @@ class Checkpoints:
 
     def _discard(self, path: Path) -> None:
         # Renamed first: a checkpoint deleted by half must not carry the name of a whole one.
-        dead = _temporary_beside(path)
+        dead = temporary_beside(path)
         os.rename(path, dead)
         self._sound.discard(path)
         shutil.rmtree(dead, ignore_errors=True)
@@ -274,127 +203,28 @@ def _sealed(content: dict) -> str:
     return json.dumps({"content": content, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1)
 
 
-# ---- the run: its lock and its identity -----------------------------------------------------------------------------
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file. A tied weight is stored once, its other names in the header under "aliases"."""
+    names: dict[tuple, str] = {}  # memory -> the name it is stored under
+    storages: set[int] = set()
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        memory = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and memory in names:
+            aliases[name] = names[memory]
+            continue
+        names[memory] = name
+        # safetensors refuses views that overlap (slices of one buffer): they get memory of their own.
+        stored[name] = (tensor.detach().clone() if storage in storages else tensor.detach()).contiguous()
+        storages.add(storage)
+    save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+    fsync(path)
 
 
-class RunLock:
-    """Context manager: this process alone writes the run in `output_dir`; the folder is made if need be.
-
-    A POSIX record lock: the kernel frees it when its holder dies, by kill -9 too, and forked data workers do not
-    inherit it. Closing any other descriptor of the file in the same process would also free it: do not open it.
-    Raises ValueError naming the holder, or saying that the folder cannot be written.
-    """
-
-    _held: set[Path] = set()
-
-    def __init__(self, output_dir: Path | str):
-        self.output_dir = Path(output_dir).resolve()
-
-    def __enter__(self) -> "RunLock":
-        # The kernel grants a process its own lock a second time, and closing that one would free both.
-        assert self.output_dir not in self._held, f"this process already holds the lock of {self.output_dir}"
-        path = self.output_dir / ".lock"
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)
-        except OSError as error:
-            reason = f"--output_dir {self.output_dir} cannot be written ({error.strerror})"
-            raise ValueError(f"{reason}; choose another --output_dir") from error
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between open and lock, --restart in another process may have moved the folder, and this file with it.
-            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().decode(errors="replace") or "another process"
-            self._file.close()
-            raise ValueError(
-                f"--output_dir {self.output_dir} is being written by {holder} ({error.strerror}); wait for it or stop "
-                "it, or choose another --output_dir"
-            ) from error
-        with contextlib.suppress(OSError):  # a full disk: the name is a courtesy, the lock is held
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._held.add(self.output_dir)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._held.discard(self.output_dir)
-        self._file.truncate(0)  # the file stays: unlinking it would let two processes each hold "the" lock
-        self._file.close()
-
-
-def check_identity(output_dir: Path | str, identity: dict) -> None:
-    """Make `output_dir` the run that `identity` (JSON) describes, or make sure that it already is.
-
-    Raises ValueError naming each field that differs, or when the folder holds files that are not ours.
-    """
-    path = Path(output_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not _holds_run(path.parent):
-        write_atomic(path, json.dumps(identity, indent=1))
-        return
-    try:
-        there = _flatten(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged; --restart moves this run aside and starts again") from error
-    here = _flatten(json.loads(json.dumps(identity)))  # through JSON: a tuple is a list
-    differences = [
-        f"{field}: this run has {here.get(field, 'nothing')}, --output_dir holds {there.get(field, 'nothing')}"
-        for field in {**here, **there}
-        if field not in here or field not in there or here[field] != there[field]
-    ]
-    if differences:
-        raise ValueError(
-            f"--output_dir {output_dir} holds another run ({'; '.join(differences)}); repeat that run's command, "
-            "choose another --output_dir, or give --restart to move the old run aside"
-        )
-
-
-def move_aside(output_dir: Path | str) -> Path | None:
-    """Rename a run's folder to NAME.old-1 (or the next free number) for --restart: nothing is deleted.
-
-    Takes the run's lock for the moment, so call it before holding that. Returns the new place, None if there was no
-    run. Raises ValueError when a live process writes the run, or when the folder holds files that are not ours.
-    """
-    folder = Path(output_dir).resolve()  # of a symbolic link, what it points to is moved
-    if not folder.is_dir() or not _holds_run(folder):
-        return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    with RunLock(folder):
-        try:
-            os.rename(folder, aside)
-        except OSError as error:
-            raise ValueError(
-                f"--restart: {folder} cannot be moved aside ({error.strerror}); choose another --output_dir"
-            ) from error
-    _fsync(folder.parent)
-    return aside
-
-
-def _holds_run(folder: Path) -> bool:
-    """Whether a run is in `folder`; False if it is empty but for a lock and leftovers. Raises on anything else."""
-    names = {name for name in os.listdir(folder) if name != ".lock" and not name.startswith(TEMPORARY)}
-    if names and "run.json" not in names:
-        raise ValueError(
-            f"--output_dir {folder} holds files that are not a run of this script ({min(names)}, ...); choose "
-            "another --output_dir"
-        )
-    return bool(names)
-
-
-def _flatten(nested: dict, prefix: str = "") -> dict:
-    """{"model": {"layers": 2}} -> {"model.layers": 2}."""
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-# ---- model and optimizers <-> tensors and JSON ----------------------------------------------------------------------
+# ---- the state of a training -----------------------------------------------------------------------------------------
 
 
 def flatten_optimizer_state(state_dict: dict) -> tuple[dict[str, Tensor], dict]:

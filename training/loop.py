@@ -25,6 +25,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,14 +33,12 @@ from training.arguments import RunArguments, one_line, print_error, user_errors
 from training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    RunLock,
-    check_identity,
     gather_training_state,
-    move_aside,
     restore_training_state,
 )
 from training.optim import EMA, create_optimizers, learning_rate_factor
 from training.results import MetricsLog
+from training.run_folder import RunLock, check_identity, move_aside
 
 LAUNCHER = os.getppid()  # read at the start, so that its end is noticed whenever it comes
 IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch` for its children
@@ -130,6 +129,11 @@ def create_accelerator(args: RunArguments) -> Accelerator:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in training/accelerate/fsdp2.yaml")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # accelerate's own policy would also round the loss and the sum of gradients to bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not supported: use 'bf16' or 'no'")
     if accelerator.gradient_accumulation_steps != 1:
@@ -166,6 +170,8 @@ def use_all_cores():
     `--num_cpu_threads_per_process` says otherwise; another number is left alone."""
     if os.environ.get("OMP_NUM_THREADS") == "1" and IS_LAUNCHED:
         cores = psutil.cpu_count(logical=False) or os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):
+            cores = min(cores, len(os.sched_getaffinity(0)))  # of those this job may use
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -280,6 +286,7 @@ def train(
     with user_errors():
         on_main_process(accelerator, lambda: check_identity(output_dir, identity))
         progress = resume(accelerator, args, checkpoints, model, optimizers, ema)
+    began = time.perf_counter() - progress["seconds"]
     log = MetricsLog(accelerator, args, output_dir, progress)
     shares = micro_batches(args, accelerator.process_index, accelerator.num_processes)
 
@@ -291,6 +298,7 @@ def train(
         return results
 
     def save():
+        progress["seconds"] = time.perf_counter() - began
         tensors, state = gather_training_state(model, [optimizer.optimizer for optimizer in optimizers])
         tensors |= {"ema": ema.state_dict()} if ema else {}
         state |= {"progress": progress, "max_steps": args.max_steps}
@@ -377,13 +385,14 @@ def accumulate_gradients(
     """
     batches = [data.batch(step, positions) for positions in shares]
     num_items = sum_over_processes(accelerator, [sum(data.num_items(batch) for batch in batches)])[0]
+    divisor = torch.tensor(num_items, dtype=torch.float32, device=accelerator.device)  # compiled once; a number is not
     losses = []
     for number, batch in enumerate(batches):
         torch.manual_seed(seed_from(args.seed, step, accelerator.process_index, number))
         is_last = number == len(batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            loss = forward(**batch, num_items_in_batch=num_items, use_cache=False).loss
+            loss = forward(**batch, num_items_in_batch=divisor, use_cache=False).loss
             # Processes average their gradients, and the loss is a sum over the global batch.
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())

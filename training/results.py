@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from training.arguments import RunArguments, one_line
-from training.checkpoint import gather_training_state, write_atomic
+from training.arguments import RunArguments, one_line, user_errors
+from training.checkpoint import gather_training_state
 from training.draw import curves
+from training.files import write_atomic
 from training.publish import push, snippet, write_card
 
 
@@ -57,7 +58,6 @@ class MetricsLog:
         self.progress["loss_sum"] += loss
         self.progress["num_items"] += num_items
         self.progress["num_steps"] += 1
-        self.progress["seconds"] += seconds
         self.progress["interval_seconds"] += seconds
         self.bar.update()
 
@@ -130,7 +130,7 @@ def finish(
             "family": type(bare).__name__,
             "parameters": bare.num_parameters(),
             "task": task,
-            "command": shlex.join(["accelerate", "launch", *sys.argv]),
+            "command": f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(sys.argv)}",
             "recipe": args.recipe,
             "data": data,
             "hardware": describe_hardware(accelerator),
@@ -140,9 +140,10 @@ def finish(
         write_atomic(output_dir / "eval_results.json", json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
         curves(output_dir / "metrics.jsonl").savefig(output_dir / "curves.png")
         write_card(output_dir)
-        if args.push_to_hub:
-            print(f"published to {push(output_dir, args.hub_model_id)}")
         print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
+        if args.push_to_hub:
+            with user_errors():
+                print(f"published to {push(output_dir, args.hub_model_id)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """Text for language models: documents -> tokenizer -> token cache -> rows, each step usable without the next.
 
-    corpus = read_documents("embedded")
+    corpus = training.documents.read_documents("embedded")
     tokenizer = make_tokenizer("bpe", corpus, vocab_size=4096, context_length=256)
     cache = tokenize_documents(corpus, tokenizer)  # token ids in memory-mapped files, made once
     rows = TokenRows(cache.tokens("train"), context_length=256, seed=0)
@@ -30,7 +30,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.documents import Corpus, Documents, fingerprint_of, read_documents, stream_corpus  # noqa: F401
+from training.documents import Corpus, Documents, fingerprint_of
+from training.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORED_LABEL = -100
@@ -199,7 +200,7 @@ def tokenize_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> To
             for name, documents in splits.items():
                 path = unfinished / f"{name}.bin"
                 meta["splits"][name] = _write_tokens(path, documents, tokenizer, meta["dtype"], bar)
-        _write_durably(unfinished / "meta.json", json.dumps(meta, indent=2).encode())
+        write_atomic(unfinished / "meta.json", json.dumps(meta, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         return TokenCache(folder)
@@ -237,16 +238,6 @@ def _token_type(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _is_quiet() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write beside `path`, force to disk, rename."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------------- rows
@@ -461,6 +452,6 @@ class StreamedTokens:
             "is_last": num_possible <= self.rows_per_shard,
         }
         path = self._path(len(self._found))
-        _write_durably(path, content)
-        _write_durably(path.with_suffix(".json"), json.dumps(entry).encode())  # last: it says that the shard is whole
+        write_atomic(path, content)
+        write_atomic(path.with_suffix(".json"), json.dumps(entry))  # last: it says that the shard is whole
         self._found.append(entry)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import hf_models
 from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors, with_defaults
@@ -43,6 +43,7 @@ QUICKSTART = {  # a few minutes on two CPU cores
     "learning_rate": 4e-3,
     "final_learning_rate": 0.0,
     "warmup_steps": 50,
+    "eval_every": 100,
 }
 
 
@@ -59,6 +60,12 @@ class GPTArguments(with_defaults(RunArguments, **QUICKSTART)):
     eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
     sample_tokens: int = option(120, "tokens of the sample", "text")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in {"context_length": 2, "eval_batch_size": 1, "sample_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
 
 class GPTData:
@@ -128,24 +135,30 @@ class Validation:
 
 
 def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
-    """A fresh model of the zoo that fits the tokenizer, or a checkpoint to go on from."""
+    """A fresh model of the zoo that fits the tokenizer, or a checkpoint (ours or stock GPT-2) to go on from."""
     options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **parse_fields(args.config)}
     if Path(args.model).exists() or "/" in args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
+        model = hf_models.ZooGPTForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
         if len(tokenizer) > model.config.vocab_size or not is_own_tokenizer(tokenizer, args.model):
             raise ValueError(
                 f"the tokenizer, of {len(tokenizer)} tokens, is not the one {args.model} was trained with, of "
                 f"{model.config.vocab_size}: give --tokenizer {args.model}"
             )
-        return model
-    from_data = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": args.context_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return hf_models.create_model(args.model, **{**from_data, **options})
+    else:
+        from_data = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": args.context_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = hf_models.create_model(args.model, **{**from_data, **options})
+    if args.context_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"context_length {args.context_length} is more than the {model.config.max_position_embeddings} positions "
+            f"of {args.model}"
+        )
+    return model
 
 
 def is_own_tokenizer(tokenizer, checkpoint: str) -> bool:

@@ -1,4 +1,4 @@
-"""What `training/loop.py` adds to a bare training step: the issue allows 3 %.
+"""What `training/loop.py` adds to a bare training step: it may be 3 % at most.
 
     python tests/benchmarks/loop.py [--rounds 5]
 

@@ -39,7 +39,7 @@ PLACES = {
     "curves": (results, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),
-    "shard": (text, "_write_durably"),
+    "shard": (text, "write_atomic"),
 }
 
 

@@ -20,18 +20,16 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from training import checkpoint as module
+from training import files
 from training.checkpoint import (
     Checkpoints,
-    RunLock,
-    check_identity,
-    file_record,
     flatten_optimizer_state,
     gather_training_state,
-    move_aside,
     restore_training_state,
     unflatten_optimizer_state,
-    write_atomic,
 )
+from training.files import file_record, write_atomic
+from training.run_folder import RunLock, check_identity, move_aside
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -195,7 +193,7 @@ def test_a_full_disk_at_every_write_keeps_the_checkpoints_before(checkpoints, mo
     if call == "save_file":
         monkeypatch.setattr(module, call, fail_on_call(number, module.save_file, full_disk_in_safetensors))
     elif call == "open":
-        monkeypatch.setattr(module, call, fail_on_call(number, open, full_disk), raising=False)
+        monkeypatch.setattr(files, call, fail_on_call(number, open, full_disk), raising=False)
     else:
         monkeypatch.setattr(os, call, fail_on_call(number, getattr(os, call), full_disk))
     with pytest.raises(OSError, match=r"step 60.*No space left on device.*still stands.*repeat the command") as raised:
@@ -280,7 +278,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
 
 HOLD_LOCK = """
     import sys
-    from training.checkpoint import RunLock
+    from training.run_folder import RunLock
     with RunLock({!r}):
         print("held", flush=True)
         sys.stdin.read()

@@ -21,15 +21,14 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 from transformers.masking_utils import create_causal_mask
 
 from training import documents, text
+from training.documents import read_documents, stream_corpus
 from training.text import (
     StreamedTokens,
     TokenCache,
     TokenRows,
     evaluation_rows,
     make_tokenizer,
-    read_documents,
     separator_id,
-    stream_corpus,
     tokenize_documents,
 )
 
@@ -240,7 +239,8 @@ def test_text_survives_a_tokenizer_and_a_tokenizer_survives_saving(tmp_path, sto
 def test_the_same_text_gives_the_same_vocabulary(lines, tmp_path):
     program = textwrap.dedent("""
         import sys
-        from training.text import make_tokenizer, read_documents
+        from training.documents import read_documents
+        from training.text import make_tokenizer
         corpus = read_documents(sys.argv[1])
         sys.stdout.write(make_tokenizer("bpe", corpus, 600, context_length=8).backend_tokenizer.to_str())
     """)
@@ -331,7 +331,7 @@ def slow(path, *rest):
     print("written", flush=True)
     time.sleep(600)
 text._write_tokens = slow
-corpus = text.read_documents(sys.argv[1])
+corpus = documents.read_documents(sys.argv[1])
 text.tokenize_documents(corpus, text.make_tokenizer("char", corpus, context_length=64))
 """
 

@@ -1,0 +1,135 @@
+"""The output folder of a run: one process writes it, and it stays the run that it is.
+
+output_dir/.lock       held by the one process that writes the run
+output_dir/run.json    what the run is: model, data, seed, ...
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from training.files import TEMPORARY, fsync, write_atomic
+
+
+class RunLock:
+    """Context manager: this process alone writes the run in `output_dir`; the folder is made if need be.
+
+    A POSIX record lock: the kernel frees it when its holder dies, by kill -9 too, and forked data workers do not
+    inherit it. Closing any other descriptor of the file in the same process would also free it: do not open it.
+    Raises ValueError naming the holder, or saying that the folder cannot be written.
+    """
+
+    _held: set[Path] = set()
+
+    def __init__(self, output_dir: Path | str):
+        self.output_dir = Path(output_dir).resolve()
+
+    def __enter__(self) -> "RunLock":
+        # The kernel grants a process its own lock a second time, and closing that one would free both.
+        assert self.output_dir not in self._held, f"this process already holds the lock of {self.output_dir}"
+        path = self.output_dir / ".lock"
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)
+        except OSError as error:
+            reason = f"--output_dir {self.output_dir} cannot be written ({error.strerror})"
+            raise ValueError(f"{reason}; choose another --output_dir") from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between open and lock, --restart in another process may have moved the folder, and this file with it.
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().decode(errors="replace") or "another process"
+            self._file.close()
+            raise ValueError(
+                f"--output_dir {self.output_dir} is being written by {holder} ({error.strerror}); wait for it or stop "
+                "it, or choose another --output_dir"
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk: the name is a courtesy, the lock is held
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._held.add(self.output_dir)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._held.discard(self.output_dir)
+        self._file.truncate(0)  # the file stays: unlinking it would let two processes each hold "the" lock
+        self._file.close()
+
+
+def check_identity(output_dir: Path | str, identity: dict) -> None:
+    """Make `output_dir` the run that `identity` (JSON) describes, or make sure that it already is.
+
+    Raises ValueError naming each field that differs, or when the folder holds files that are not ours.
+    """
+    path = Path(output_dir) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _holds_run(path.parent):
+        write_atomic(path, json.dumps(identity, indent=1))
+        return
+    try:
+        there = _flatten(json.loads(path.read_bytes()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; --restart moves this run aside and starts again") from error
+    here = _flatten(json.loads(json.dumps(identity)))  # through JSON: a tuple is a list
+    differences = [
+        f"{field}: this run has {here.get(field, 'nothing')}, --output_dir holds {there.get(field, 'nothing')}"
+        for field in {**here, **there}
+        if field not in here or field not in there or here[field] != there[field]
+    ]
+    if differences:
+        raise ValueError(
+            f"--output_dir {output_dir} holds another run ({'; '.join(differences)}); repeat that run's command, "
+            "choose another --output_dir, or give --restart to move the old run aside"
+        )
+
+
+def move_aside(output_dir: Path | str) -> Path | None:
+    """Rename a run's folder to NAME.old-1 (or the next free number) for --restart: nothing is deleted.
+
+    Takes the run's lock for the moment, so call it before holding that. Returns the new place, None if there was no
+    run. Raises ValueError when a live process writes the run, or when the folder holds files that are not ours.
+    """
+    folder = Path(output_dir).resolve()  # of a symbolic link, what it points to is moved
+    if not folder.is_dir() or not _holds_run(folder):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    with RunLock(folder):
+        try:
+            os.rename(folder, aside)
+        except OSError as error:
+            raise ValueError(
+                f"--restart: {folder} cannot be moved aside ({error.strerror}); choose another --output_dir"
+            ) from error
+    fsync(folder.parent)
+    return aside
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a run is in `folder`; False if it is empty but for a lock and leftovers. Raises on anything else."""
+    names = {name for name in os.listdir(folder) if name != ".lock" and not name.startswith(TEMPORARY)}
+    if names and "run.json" not in names:
+        raise ValueError(
+            f"--output_dir {folder} holds files that are not a run of this script ({min(names)}, ...); choose "
+            "another --output_dir"
+        )
+    return bool(names)
+
+
+def _flatten(nested: dict, prefix: str = "") -> dict:
+    """{"model": {"layers": 2}} -> {"model.layers": 2}."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+# ---- model and optimizers <-> tensors and JSON ----------------------------------------------------------------------
