@@ -7,7 +7,9 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from hf_models import ZooGPTForCausalLM
 from tests.faults.processes import (
     BATCH,
     REPOSITORY,
@@ -139,3 +141,27 @@ def test_two_machines(trainers, single, tmp_path):
         machine.wait(0)
     assert "The model is in" in machines[0].output and "The model" not in machines[1].output
     assert_close(tmp_path / "run", single)
+
+
+@pytest.mark.parametrize(("processes", "environment"), [(1, {}), (2, FSDP2)], ids=["one process", "FSDP2"])
+def test_bf16_with_gradient_checkpointing_keeps_losses_in_float32(trainers, tmp_path, processes, environment):
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_steps": 4, **EVERY_STEP}
+    if processes == 1:
+        trainers.run(tmp_path / "run", **options)
+    else:
+        trainers.run_ranks(tmp_path / "run", processes, env=environment, **options)
+    values = torch.tensor(losses(tmp_path / "run"))
+    assert len(values) == 4 and values.isfinite().all()
+    assert not torch.equal(values, values.bfloat16().float()), "the losses were rounded to bfloat16"
+
+
+def test_training_goes_on_from_a_stock_gpt2(trainers, uninterrupted, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted())
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+    options = {"model": tmp_path / "stock", "tokenizer": tmp_path / "stock", "learning_rate": 1e-2}
+    trainers.run(tmp_path / "run", **options, **EVERY_STEP)
+    first, *_, last = losses(tmp_path / "run")
+    assert last < first - 0.5
+    assert ZooGPTForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "zoo_gpt"
