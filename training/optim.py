@@ -217,8 +217,8 @@ class EMA:
             other.copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by parameter name, whole: shards are gathered, so every process has to call this."""
-        return {name: _whole(average) for name, average in self.averages.items()}
+        """The averages by parameter name, whole, on the CPU. Shards are gathered, so every process has to call this."""
+        return {name: _whole(average).cpu() for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]):

@@ -118,7 +118,8 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Iterator[np.ndarray]:
     """For each document its token ids, ended by the separator; nothing for an empty one. In parallel, inside Rust."""
     encoder, separator = _encoder(tokenizer), np.array([separator_id(tokenizer)], np.uint32)
-    pieces = ((number, piece) for number, text in enumerate(documents) for piece in _pieces(text))
+    cut = _pieces if _may_be_cut(encoder) else lambda text: [text]
+    pieces = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
 
     def encoded() -> Iterator[tuple[int, np.ndarray]]:
         while batch := list(islice(pieces, 256)):
@@ -129,6 +130,13 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
     for _, parts in groupby(encoded(), key=lambda part: part[0]):
         tokens = np.concatenate([tokens for _, tokens in parts])
         yield np.concatenate([tokens, separator]) if len(tokens) else tokens
+
+
+def _may_be_cut(encoder: Tokenizer) -> bool:
+    """Whether a text cut before white space gives the same tokens; not where every text gets a space put before it."""
+    pieces = ["one", " two", "\nthree"]
+    whole, *parts = encoder.encode_batch_fast(["".join(pieces), *pieces], add_special_tokens=False)
+    return whole.ids == [token for part in parts for token in part.ids]
 
 
 # Between a letter or digit and white space neither GPT-2's pattern nor its successors' have a word that goes on.

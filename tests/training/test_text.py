@@ -17,7 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 from transformers.masking_utils import create_causal_mask
 
 from training import documents, text
@@ -26,6 +27,7 @@ from training.text import (
     StreamedTokens,
     TokenCache,
     TokenRows,
+    encode_documents,
     evaluation_rows,
     make_tokenizer,
     separator_id,
@@ -318,6 +320,15 @@ def test_the_cache_is_used_again_and_a_damaged_one_rebuilt(lines, cache_folder, 
     assert np.array_equal(tokenize_documents(lines, tokenizer).tokens("train"), expected)
     other = make_tokenizer("bpe", lines, 300, context_length=64)
     assert tokenize_documents(lines, other).folder != cache.folder
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_gets_long_documents_whole():
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("w", -2.0), ("\u2581w", -2.5)], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>")
+    text = "w " * 5000
+    [encoded] = encode_documents(tokenizer, [text])
+    assert encoded[:-1].tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
 KILLED = """
