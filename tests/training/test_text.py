@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 from transformers.masking_utils import create_causal_mask
 
@@ -324,7 +324,7 @@ def test_the_cache_is_used_again_and_a_damaged_one_rebuilt(lines, cache_folder, 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_gets_long_documents_whole():
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("w", -2.0), ("\u2581w", -2.5)], unk_id=0))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>")
     text = "w " * 5000
     [encoded] = encode_documents(tokenizer, [text])
