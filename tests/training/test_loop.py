@@ -98,4 +98,4 @@ def test_the_log_of_a_resumed_run_keeps_what_came_before_and_cuts_what_comes_aft
         "learning_rate": 0.1,
         "tokens_per_second": 20.0,
     }
-    assert progress == {**progress, "seconds": 2.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_steps": 0}
+    assert progress == {**progress, "seconds": 1.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_steps": 0}
