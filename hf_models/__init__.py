@@ -3,18 +3,36 @@
 Importing the package registers every family with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+import transformers
 
 from .base import ZOO_VERSION as __version__
+from .bert import (
+    ZooBertConfig,
+    ZooBertForMaskedLM,
+    ZooBertForPreTraining,
+    ZooBertForQuestionAnswering,
+    ZooBertForSequenceClassification,
+    ZooBertForTokenClassification,
+    ZooBertModel,
+)
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel
 from .zoo import create_config, create_model, list_models
 
-AutoConfig.register("zoo_gpt", ZooGPTConfig, exist_ok=True)
-AutoModel.register(ZooGPTConfig, ZooGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(ZooGPTConfig, ZooGPTForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(ZooGPTConfig, ZooGPTForSequenceClassification, exist_ok=True)
+for config_class in (ZooGPTConfig, ZooBertConfig):
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, name in config_class.family_auto_map.items():
+        if auto_class != "AutoConfig":
+            model_class = globals()[name.split(".")[1]]
+            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
 
 __all__ = [
+    "ZooBertConfig",
+    "ZooBertForMaskedLM",
+    "ZooBertForPreTraining",
+    "ZooBertForQuestionAnswering",
+    "ZooBertForSequenceClassification",
+    "ZooBertForTokenClassification",
+    "ZooBertModel",
     "ZooGPTConfig",
     "ZooGPTForCausalLM",
     "ZooGPTForSequenceClassification",

@@ -3,15 +3,17 @@
 The mathematics is in `layers.py`; this file is the part that makes a model behave like a stock one.
 """
 
+from dataclasses import fields
 from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
 
-from .layers import ACTIVATIONS, MultiHeadAttention, TransformerBlock
+from .layers import ACTIVATIONS, MultiHeadAttention, TransformerBlock, rotary_angles, sinusoidal_encoding
 
 ZOO_VERSION = "0.1.0"
 
@@ -35,6 +37,7 @@ class TransformerConfig(PreTrainedConfig):
         residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
             `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
             makes every block the identity at first.
+        class_weights: how much each class counts in the loss of a classification head. Default: all the same.
         zoo_version: the version of hf_models that wrote the checkpoint.
 
     Raises:
@@ -57,6 +60,7 @@ class TransformerConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
     residual_init: Literal["normal", "scaled", "zero"] = "normal"
+    class_weights: list[float] | None = None
     zoo_version: str | None = None
 
     # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
@@ -77,8 +81,12 @@ class TransformerConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if config_dict.get("model_type") == cls.stock_model_type:
-            config_dict["model_type"] = cls.model_type  # a stock checkpoint becomes one of ours
+        if config_dict.get("model_type") == cls.stock_model_type:  # a stock checkpoint becomes one of ours
+            # A stock config.json leaves out what has the stock default, which need not be ours.
+            known = {field.name for field in fields(cls)} | set(cls.attribute_map)
+            defaults = AutoConfig.for_model(cls.stock_model_type).to_dict()
+            config_dict = {k: v for k, v in defaults.items() if k in known} | config_dict
+            config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
@@ -112,6 +120,8 @@ class TransformerConfig(PreTrainedConfig):
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})"
             )
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise ValueError(f"class_weights has {len(self.class_weights)} values for num_labels {self.num_labels}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATIONS)}")
         for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
@@ -120,6 +130,37 @@ class TransformerConfig(PreTrainedConfig):
         for field in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
             if not 0.0 <= getattr(self, field, 0.0) < 1.0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a probability: 0 <= {field} < 1")
+
+
+@strict
+class TextConfig(TransformerConfig):
+    """The fields of a model of text.
+
+    Args:
+        vocab_size: number of tokens V.
+        num_hidden_layers: number of blocks L.
+        max_position_embeddings: longest sequence the model was made for.
+        position_embedding_type: `learned` vectors, `sinusoidal` (Vaswani et al. 2017), or `rotary` (Su et al. 2021)
+            with base `rope_theta`.
+        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
+    """
+
+    vocab_size: int = 32768
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 512
+    position_embedding_type: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    rope_theta: float | int = 10000.0
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def validate_positions(self):
+        """Checks that the chosen positions fit the sizes."""
+        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -167,10 +208,67 @@ class ZooPreTrainedModel(PreTrainedModel):
         """As in transformers, but in this package's own key names; `to_stock().save_pretrained` writes stock keys."""
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
+    def encode_positions(self, embeddings, position_ids):
+        """Tells a model of text where its tokens are.
+
+        Args:
+            embeddings: (B, T, D).
+            position_ids: (B, T) or (1, T).
+
+        Returns:
+            The embeddings with the positions' vectors added, and the rotations for attention; None where there are
+            none.
+        """
+        config = self.config
+        if config.position_embedding_type == "rotary":
+            return embeddings, rotary_angles(position_ids, config.head_dim, config.rope_theta, embeddings.dtype)
+        if config.position_embedding_type == "sinusoidal":
+            return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
+        return embeddings + self.embed_positions(position_ids), None
+
+    def check_inputs(self, input_ids, inputs_embeds):
+        """Raises a `ValueError` unless exactly one of the two is there, with no more tokens than learned positions."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
+        if config.position_embedding_type == "learned" and num_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{num_tokens} tokens, but max_position_embeddings is {config.max_position_embeddings}: "
+                "cut the input, or use a model with more positions"
+            )
+
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
         """The stock class and config that compute the same function; raises a `ValueError` naming the option where
         there is none."""
         raise ValueError(f"{type(self).__name__} has no stock counterpart in transformers")
+
+    def make_stock_config(self, config_class: type[PreTrainedConfig], **required) -> PreTrainedConfig:
+        """The stock config with the same values; raises a `ValueError` for an option that the stock class lacks: one
+        not as `required`, or that none has."""
+        config = self.config
+        required = {
+            **required,
+            "norm": "layernorm",
+            "qk_norm": False,
+            "use_bias": True,
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "class_weights": None,
+        }
+        for option, value in required.items():
+            if getattr(config, option) != value:
+                raise ValueError(
+                    f"{config_class.__name__} has no {option}={getattr(config, option)!r} (only {value!r})"
+                )
+        if config.hidden_act == "swiglu":
+            raise ValueError(f"{config_class.__name__} has no hidden_act='swiglu'")
+        return config_class(
+            **{
+                field.name: getattr(config, field.name)
+                for field in fields(config_class)
+                if hasattr(config, field.name) and field.name not in ("architectures", "transformers_version")
+            }
+        )
 
     def to_stock(self) -> PreTrainedModel:
         """The stock transformers model with the same weights, device, dtype and mode.
@@ -180,9 +278,16 @@ class ZooPreTrainedModel(PreTrainedModel):
         """
         stock_class, stock_config = self.stock_class_and_config()
         with torch.device("meta"):
-            stock = stock_class(stock_config)
-        weights = revert_weight_conversion(self, self.state_dict())
-        stock.to_empty(device=self.device).to(self.dtype)
-        stock.tie_weights()
-        stock.load_state_dict(weights, strict=True)
-        return stock.train(self.training)
+            fresh = type(self)(self.config)  # reverses every renaming; a loaded model only those that its file needed
+        weights = revert_weight_conversion(fresh, self.state_dict())
+        stock, loaded = stock_class.from_pretrained(
+            None, config=stock_config, state_dict=weights, dtype=self.dtype, output_loading_info=True
+        )
+        assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
+        return stock.to(self.device).train(self.training)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is W x + b and nothing else: no adapter, no hook, no weight split over devices."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked

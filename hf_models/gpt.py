@@ -26,24 +26,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import TransformerStack, linear_cross_entropy, make_norm, rotary_angles, sinusoidal_encoding
+from .base import TextConfig, ZooPreTrainedModel, is_plain_linear
+from .layers import TransformerStack, classification_loss, linear_cross_entropy, make_norm
 
 
 @strict
-class ZooGPTConfig(TransformerConfig):
+class ZooGPTConfig(TextConfig):
     """A GPT. The defaults are GPT-2 small; GPT-2's own spellings (`n_embd`, `n_layer`, ...) are understood.
 
     Args:
-        vocab_size: number of tokens V.
-        num_hidden_layers: number of blocks L.
-        max_position_embeddings: longest sequence the model was made for.
-        position_embedding_type: `learned` vectors (GPT-1 to GPT-3), `sinusoidal` (Vaswani et al. 2017), or `rotary`
-            (Su et al. 2021) with base `rope_theta`.
         embedding_dropout: dropout on the sum of token and position embeddings.
-        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
 
-    `TransformerConfig` explains the rest.
+    `TextConfig` and `TransformerConfig` explain the rest.
     """
 
     model_type = "zoo_gpt"
@@ -70,18 +64,11 @@ class ZooGPTConfig(TransformerConfig):
     stock_model_type = "gpt2"
 
     vocab_size: int = 50257
-    num_hidden_layers: int = 12
     max_position_embeddings: int = 1024
-    position_embedding_type: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    rope_theta: float | int = 10000.0
     hidden_act: str = "gelu_new"
     residual_init: Literal["normal", "scaled", "zero"] = "scaled"
     embedding_dropout: float | int = 0.0
-    tie_word_embeddings: bool = True
     use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         # A stock config may ask for arithmetic that this model does not do: refuse it rather than load it wrongly.
@@ -89,13 +76,6 @@ class ZooGPTConfig(TransformerConfig):
             if kwargs.pop(option, supported) != supported:
                 raise ValueError(f"a GPT-2 config with {option} other than {supported} has no equal in ZooGPT")
         super().__post_init__(**kwargs)
-
-    def validate_positions(self):
-        """Checks that the chosen positions fit the sizes."""
-        if self.position_embedding_type == "rotary" and self.head_dim % 2:
-            raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
-        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
 
 
 UNSUPPORTED_STOCK_OPTIONS = {
@@ -114,33 +94,7 @@ class ZooGPTPreTrainedModel(ZooPreTrainedModel):
     def stock_class_and_config(self):
         import transformers
 
-        config = self.config
-        required = {
-            "norm": "layernorm",
-            "norm_position": "pre",
-            "qk_norm": False,
-            "use_bias": True,
-            "position_embedding_type": "learned",
-            "num_key_value_heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
-        }
-        for option, value in required.items():
-            if getattr(config, option) != value:
-                raise ValueError(f"GPT-2 has no {option}={getattr(config, option)!r} (only {value!r})")
-        if config.hidden_act == "swiglu":
-            raise ValueError("GPT-2 has no hidden_act='swiglu'")
-        stock = transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            tie_word_embeddings=config.tie_word_embeddings,
-            initializer_range=config.initializer_range,
-            id2label=config.id2label,
-            label2id=config.label2id,
-            problem_type=config.problem_type,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            **{stock_name: getattr(config, field) for stock_name, field in config.attribute_map.items()},
-        )
+        stock = self.make_stock_config(transformers.GPT2Config, norm_position="pre", position_embedding_type="learned")
         return getattr(transformers, self.stock_class_name), stock
 
 
@@ -186,18 +140,11 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
                 attention maps asked of a backend that does not form them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        self.check_inputs(input_ids, inputs_embeds)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
-        num_tokens = inputs_embeds.shape[1]
-        if self.embed_positions is not None and num_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{num_tokens} tokens, but max_position_embeddings is {self.config.max_position_embeddings}: "
-                "cut the input, or use a model with more positions"
-            )
         # Only what the caller gave decides the mask: position ids may mark documents, but not where a cache came along.
         causal_mask = create_causal_mask(
             config=self.config,
@@ -208,19 +155,11 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         )
         if position_ids is None:
             seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + seen_tokens)[None]
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens)[None]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        hidden_states, rotary = inputs_embeds, None
-        if self.config.position_embedding_type == "rotary":
-            rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
-        elif self.config.position_embedding_type == "sinusoidal":
-            encoding = sinusoidal_encoding(position_ids, self.config.hidden_size)
-            hidden_states = inputs_embeds + encoding.to(inputs_embeds.dtype)
-        else:
-            hidden_states = inputs_embeds + self.embed_positions(position_ids)
-
+        hidden_states, rotary = self.encode_positions(inputs_embeds, position_ids)
         hidden_states = self.layers(
             self.dropout(hidden_states),
             causal_mask,
@@ -280,6 +219,9 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
             `hidden_states` and `attentions`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        has_labels = labels is not None or shift_labels is not None
+        if use_cache is None and has_labels and self.training:
+            use_cache = False  # nothing is generated from here
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -291,7 +233,6 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, places]
-        has_labels = labels is not None or shift_labels is not None
         if return_logits is None:
             return_logits = not (has_labels and self.training)
         loss = logits = None
@@ -328,7 +269,6 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
     2018, section 3.2)."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # the loss is a mean over the rows given, and `Trainer` averages accumulated ones
     stock_class_name = "GPT2ForSequenceClassification"
 
     def __init__(self, config: ZooGPTConfig):
@@ -347,6 +287,7 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
@@ -356,6 +297,7 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
                 that is not `config.pad_token_id`.
             labels: (B,) class ids; (B,) or (B, num_labels) numbers for regression; (B, num_labels) of 0 and 1 for
                 multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels.
 
         Raises:
             ValueError: several rows, but nothing tells where each ends.
@@ -386,7 +328,7 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
         pooled_logits = logits[torch.arange(batch_size, device=logits.device), last]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+            loss = classification_loss(pooled_logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
@@ -394,12 +336,6 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is W x and nothing else: no adapter, no hook, no weight split over devices."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked
 
 
 # Stock GPT-2 key names and layouts, both ways. GPT-2 stores each matrix transposed, and query, key and value as one.

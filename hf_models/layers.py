@@ -62,6 +62,36 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
     return output.view(batch, num_heads, num_tokens, head_dim).transpose(1, 2), weights
 
 
+class Packing:
+    """The tokens of a batch laid end to end, so that only attention ever computes on padding (Warner et al. 2024,
+    "ModernBERT", section 2.1.3).
+
+    Args:
+        is_token: (B, T), true where there is a token and not padding.
+        lengths: (sequences,), the number of tokens of each sequence in that order.
+    """
+
+    def __init__(self, is_token, lengths):
+        self.batch_shape = is_token.shape
+        self.places = is_token.flatten().nonzero().squeeze(1)  # (M,), M tokens among the B T places
+        self.lengths = lengths
+
+    def pack(self, padded):
+        """(B, T, ...) -> (1, M, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, packed):
+        """(1, M, ...) -> (B, T, ...), zero where there is no token."""
+        padded = packed.new_zeros(self.batch_shape.numel(), *packed.shape[2:])
+        return padded.index_copy(0, self.places, packed[0]).unflatten(0, self.batch_shape)
+
+    def borders(self):
+        """What flash attention takes instead of padding and mask, by transformers' names for it."""
+        ends = F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = int(self.lengths.max())
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention: every token asks N questions of every source token (Vaswani et al. 2017, section 3.2.2).
 
@@ -99,6 +129,7 @@ class MultiHeadAttention(nn.Module):
         query_position=None,
         key_position=None,
         past_key_values=None,
+        packing=None,
         **kwargs,
     ):
         """
@@ -110,6 +141,7 @@ class MultiHeadAttention(nn.Module):
             query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
                 not before the value's (Carion et al. 2020, figure 10).
             past_key_values: a transformers cache, which gets this call's keys and values and gives back all.
+            packing: of `hidden_states` (1, M, D), which attend to each other in their padded places.
 
         Returns:
             The output (B, T, D), and the probabilities (B, N, T, S) or None where the backend does not form them.
@@ -126,6 +158,8 @@ class MultiHeadAttention(nn.Module):
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if packing is not None:
+            query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
@@ -138,7 +172,8 @@ class MultiHeadAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights  # (B, T, N, H) -> (B, T, D)
+        output = output.flatten(2)  # (B, T, N, H) -> (B, T, N H)
+        return self.o_proj(output if packing is None else packing.pack(output)), weights
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -336,18 +371,43 @@ def apply_rotary(states, cosines, sines):
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------ language-model loss
+# ------------------------------------------------------------------------------------------------------- losses
 
 
-def linear_cross_entropy(hidden_states, weight, targets, num_items=None, ignore_index: int = -100):
-    """Mean of -log softmax(W x)[target] over the targets that count, without ever holding all logits.
+def scored_places(hidden_states, labels, positions=None, ignore_index: int = -100):
+    """The hidden states of the places that are scored, and their labels: a head on these alone has the same loss as
+    one on all places.
+
+    Args:
+        hidden_states: (B, T, D).
+        labels: (B, T), `ignore_index` where nothing is scored.
+        positions: (B, M), the scored places of each row, padded with -1, which keep every shape fixed. Without them
+            the places are searched for, or under a compiler, which needs fixed shapes, all taken.
+
+    Returns:
+        (B M, D) and (B M,), or without positions as many as are scored.
+    """
+    labels = labels.to(hidden_states.device)
+    if positions is not None:
+        found = positions.clamp(min=0)
+        labels = labels.gather(1, found).where(positions >= 0, ignore_index)
+        return hidden_states.take_along_dim(found[..., None], dim=1).flatten(0, 1), labels.flatten()
+    hidden_states, labels = hidden_states.flatten(0, 1), labels.flatten()
+    if torch.compiler.is_compiling():
+        return hidden_states, labels
+    places = (labels != ignore_index).nonzero().squeeze(1)
+    return hidden_states.index_select(0, places), labels.index_select(0, places)
+
+
+def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=None, ignore_index: int = -100):
+    """Mean of -log softmax(W x + b)[target] over the targets that count, without ever holding all logits.
 
     At a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. Here a slice of
     the tokens at a time gives its loss and, at once, its gradients; the logits of a slice are then forgotten.
 
     Args:
         hidden_states: (M, D).
-        weight: (V, D), of the head without bias.
+        weight, bias: (V, D) and None or (V,), of the head.
         targets: (M,), token ids; `ignore_index` where nothing is predicted.
         num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
     """
@@ -357,32 +417,78 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items=None, ignore_
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    return _LinearCrossEntropy.apply(hidden_states, weight, targets, num_items, ignore_index, dtype)
+    return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, ignore_index, dtype)
+
+
+def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_index: int = -100):
+    """Mean of -log softmax(logits)[label] over the labels that count; 0 where none does.
+
+    Args:
+        logits: (..., C).
+        labels: (...), class ids; `ignore_index` where nothing is scored.
+        num_items: what the sum is divided by; by default the number of labels that count, or with `class_weights` (C,)
+            the sum of their weights.
+    """
+    logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
+    weights = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    total = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
+    if num_items is None:
+        counts = labels != ignore_index
+        num_items = counts.sum().clamp(min=1) if weights is None else (weights[labels * counts] * counts).sum()
+    return total / num_items
+
+
+def classification_loss(logits, labels, config, num_items=None):
+    """The loss of a classifier of whole samples: squared error, cross-entropy, or a yes or no for each class.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) class ids; (B,) or (B, C) numbers for regression; (B, C) of 0 and 1 for multi-label
+            classification. `config.problem_type` decides between them, and is set from the labels where it is None.
+        num_items: what the sum is divided by; by default the number of labels (their weights, with
+            `config.class_weights`).
+    """
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        is_class_ids = not labels.is_floating_point()
+        several = "single_label_classification" if is_class_ids else "multi_label_classification"
+        config.problem_type = "regression" if logits.shape[-1] == 1 else several
+    if config.problem_type == "single_label_classification":
+        return cross_entropy(logits, labels, num_items, config.class_weights)
+    logits, labels = logits.float(), labels.reshape(logits.shape).float()
+    if config.problem_type == "regression":
+        losses = F.mse_loss(logits, labels, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if config.class_weights is not None:
+            losses = losses * torch.tensor(config.class_weights, device=losses.device)
+    return losses.sum() / (losses.numel() if num_items is None else num_items)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the loss in the logits is softmax(W x) - onehot(target); both matrix products that carry it on
-    are done in the forward pass, while the slice is at hand."""
+    """The gradient of the loss in the logits is softmax(W x + b) - onehot(target); the products that carry it on are
+    done in the forward pass, while the slice is at hand."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, num_items, ignore_index, dtype):
+    def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, dtype):
         num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # At most eight slices: each rereads the weight's gradient; at least 256 tokens, to keep the products efficient.
-        slice_size = num_tokens if num_tokens * vocab_size <= 2**24 else max(256, -(-num_tokens // 8))
-        matrix = weight.to(dtype)
+        slice_size = max(1, num_tokens) if num_tokens * vocab_size <= 2**24 else max(256, -(-num_tokens // 8))
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
         with torch.autocast(hidden_states.device.type, enabled=False):
             for start in range(0, num_tokens, slice_size):
                 part = slice(start, start + slice_size)
                 states, target = hidden_states[part].to(dtype), targets[part, None]
                 counts = target != ignore_index
                 target = target.where(counts, 0)
-                log_probabilities = F.log_softmax(F.linear(states, matrix), dim=-1, dtype=torch.float32)
+                log_probabilities = F.log_softmax(F.linear(states, matrix, offset), dim=-1, dtype=torch.float32)
                 loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
-                if not (needs_hidden or needs_weight):
+                if not any(ctx.needs_input_grad):
                     continue
                 grad_logits = log_probabilities.exp_()  # softmax
                 grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
@@ -393,7 +499,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, states)
                 elif needs_weight:
                     grad_weight += grad_logits.T @ states
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                if needs_bias:
+                    grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return loss / num_items
 
     @staticmethod

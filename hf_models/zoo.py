@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .bert import ZooBertConfig, ZooBertForPreTraining
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
 
 
@@ -37,6 +38,11 @@ def _gpt3(layers: int, hidden: int, heads: int, head_dim: int) -> ZooEntry:
     return _gpt(paper, layers, hidden, heads, head_dim=head_dim, max_position_embeddings=2048)
 
 
+def _bert(paper: str, layers: int, hidden: int, **options) -> ZooEntry:
+    options = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64, **options}
+    return ZooEntry(ZooBertForPreTraining, ZooBertConfig, options, paper)
+
+
 # What small models learn fastest with here: rotary positions, normalised queries and keys, RMSNorm, squared ReLU,
 # blocks that start as the identity, and no biases.
 MODERN = {
@@ -53,6 +59,8 @@ NANO = {"vocab_size": 66, "use_bias": False, "hidden_act": "gelu"}
 
 GPT1 = "Radford et al. 2018"
 GPT2 = "Radford et al. 2019"
+BERT = "Devlin et al. 2019"
+COMPACT = "Turc et al. 2019"
 SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
 
 ZOO: dict[str, ZooEntry] = {
@@ -69,6 +77,13 @@ ZOO: dict[str, ZooEntry] = {
     "gpt3-6.7b": _gpt3(32, 4096, 32, 128),
     "gpt3-13b": _gpt3(40, 5120, 40, 128),  # the table's 5140 is not 40 heads of 128
     "gpt3-175b": _gpt3(96, 12288, 96, 128),
+    "bert-tiny": _bert(COMPACT, 2, 128),
+    "bert-mini": _bert(COMPACT, 4, 256),
+    "bert-small": _bert(COMPACT, 4, 512),
+    "bert-medium": _bert(COMPACT, 8, 512),
+    "bert-base": _bert(BERT, 12, 768),
+    "bert-large": _bert(BERT, 24, 1024),
+    "bert-modern-mini": _bert(SMALL, 4, 256, vocab_size=8192, norm_position="pre", **MODERN),
     "gpt-char-nanogpt": _gpt("Karpathy 2022, nanoGPT", 4, 128, 4, max_position_embeddings=64, **NANO),
     "gpt-char-nanogpt-gpu": _gpt("Karpathy 2022, nanoGPT", 6, 384, 6, max_position_embeddings=256, **NANO),
     "gpt-char": _gpt(SMALL, 4, 128, 4, vocab_size=66, max_position_embeddings=64, **MODERN),

@@ -1,0 +1,571 @@
+"""BERT: the encoder stack alone, trained to fill in masked tokens and to tell whether two texts belong together
+(Devlin et al. 2019).
+
+h_0 = norm(W_e[tokens] + W_p[positions] + W_t[token types])
+h_l = block(h_(l-1)),  l = 1..L,  each token seeing all others
+p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
+p(B follows A) = softmax(W_n tanh(W h_L[first token]))
+
+Neither padding nor the scores of tokens that nobody asked for are ever computed: a padded batch is packed before the
+first block (`layers.Packing`), and in training the head runs on the masked places alone (`layers.scored_places`).
+
+B batch, T tokens, D hidden size, V vocabulary, M masked places, S sequences packed in one row
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .base import TextConfig, ZooPreTrainedModel, is_plain_linear
+from .layers import (
+    ACTIVATIONS,
+    Packing,
+    TransformerStack,
+    classification_loss,
+    cross_entropy,
+    linear_cross_entropy,
+    make_norm,
+    scored_places,
+)
+
+
+@strict
+class ZooBertConfig(TextConfig):
+    """A BERT. The defaults are BERT base; stock spellings (`hidden_dropout_prob`, ...) are understood.
+
+    Args:
+        type_vocab_size: number of token types: 0 for the first text of a pair, 1 for the second.
+        norm_position: `post` as in the paper, or `pre`, with one more norm behind the last block.
+        classifier_dropout: dropout before a classifier. Default: `hidden_dropout`.
+
+    `TextConfig` and `TransformerConfig` explain the rest.
+    """
+
+    model_type = "zoo_bert"
+    attribute_map = {
+        "hidden_dropout_prob": "hidden_dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "layer_norm_eps": "norm_eps",
+    }
+    family_auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "bert.ZooBertConfig",
+        "AutoModel": "bert.ZooBertModel",
+        "AutoModelForPreTraining": "bert.ZooBertForPreTraining",
+        "AutoModelForMaskedLM": "bert.ZooBertForMaskedLM",
+        "AutoModelForSequenceClassification": "bert.ZooBertForSequenceClassification",
+        "AutoModelForTokenClassification": "bert.ZooBertForTokenClassification",
+        "AutoModelForQuestionAnswering": "bert.ZooBertForQuestionAnswering",
+    }
+    _auto_class = "AutoConfig"
+    stock_model_type = "bert"
+
+    vocab_size: int = 30522
+    type_vocab_size: int = 2
+    norm_eps: float | int = 1e-12
+    norm_position: Literal["pre", "post"] = "post"
+    classifier_dropout: float | int | None = None
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        for option in ("is_decoder", "add_cross_attention"):
+            if kwargs.pop(option, False):
+                raise ValueError(f"a BERT config with {option}=True has no equal in ZooBert, which is an encoder")
+        super().__post_init__(**kwargs)
+
+
+class ZooBertPreTrainedModel(ZooPreTrainedModel):
+    config_class = ZooBertConfig
+    base_model_prefix = "bert"
+    # Buffers of old checkpoints, and a second name for the bias of the masked-token head.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$", r"cls\.predictions\.decoder\.bias$"]
+
+    def stock_class_and_config(self):
+        import transformers
+
+        config = self.make_stock_config(
+            transformers.BertConfig, norm_position="post", position_embedding_type="learned"
+        )
+        return getattr(transformers, type(self).__name__.removeprefix("Zoo")), config
+
+
+class ZooBertModel(ZooBertPreTrainedModel):
+    """Token ids to one vector per token, and one for the whole: embeddings, blocks, pooler.
+
+    Args:
+        add_pooling_layer: whether there is a pooler, tanh(W h[first token]).
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: ZooBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        size = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, size)
+        self.embed_token_types = nn.Embedding(config.type_vocab_size, size)
+        self.embedding_norm = make_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = TransformerStack(config, config.num_hidden_layers)
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.pooler = nn.Linear(size, size) if add_pooling_layer else None
+        self.post_init()
+
+    def pool(self, first_states):
+        """tanh(W h) of first tokens' states (..., D)."""
+        return torch.tanh(self.pooler(first_states))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding, on which nothing is computed: its outputs are
+                0 (except where a compiler, or hidden states asked for, need a tensor of fixed shape); or a ready
+                (B, 1, T, T) mask.
+            token_type_ids: (B, T), 0 or 1. Default: 0.
+            position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
+                and the next begins: attention then stays within each.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
+                attention maps asked of a backend that does not form them.
+        """
+        self.check_inputs(input_ids, inputs_embeds)
+        self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
+        wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
+        may_pack = not (wants_states or torch.compiler.is_compiling())
+        packing = self.find_packing(attention_mask, position_ids) if may_pack else None
+
+        mask = None
+        if packing is not None and is_flash_attention_requested(self.config):
+            kwargs |= packing.borders()  # such kernels know sequences by their borders
+        else:
+            is_packed = attention_mask is None and position_ids is not None
+            mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                and_mask_function=same_sequence(position_ids) if is_packed else None,
+            )
+            kwargs["packing"] = packing
+
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        hidden_states = inputs_embeds + self.embed_token_types(token_type_ids)
+        if packing is not None:
+            position_ids = packing.pack(position_ids.expand(hidden_states.shape[:2]))
+            hidden_states = packing.pack(hidden_states)  # (1, M, D)
+        hidden_states, rotary = self.encode_positions(hidden_states, position_ids)
+        hidden_states = self.layers(self.dropout(self.embedding_norm(hidden_states)), mask, rotary=rotary, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        if packing is not None:
+            hidden_states = packing.unpack(hidden_states)  # (B, T, D)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=None if self.pooler is None else self.pool(hidden_states[:, 0]),
+        )
+
+    def find_packing(self, attention_mask, position_ids) -> Packing | None:
+        """How the batch can be computed without its padding, or None where it has none."""
+        if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
+            is_token = attention_mask.bool()
+            return Packing(is_token, is_token.sum(1))
+        if attention_mask is None and position_ids is not None and is_flash_attention_requested(self.config):
+            begins = (position_ids == 0).flatten().nonzero().squeeze(1)
+            ends = torch.cat((begins[1:], begins.new_tensor([position_ids.numel()])))
+            return Packing(torch.ones_like(position_ids), ends - begins)
+        return None
+
+
+def same_sequence(position_ids):
+    """For `create_bidirectional_mask`: whether two tokens of a row belong to one sequence, (B, T) positions in which
+    start again at 0."""
+    return packed_sequence_mask_function((position_ids == 0).cumsum(-1))
+
+
+class MaskedTokenHead(nn.Module):
+    """norm(act(W h)), and from it a score for every token of the vocabulary."""
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = make_norm(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def features(self, hidden_states):
+        return self.norm(self.activation(self.transform(hidden_states)))
+
+    def forward(self, hidden_states):
+        return self.decoder(self.features(hidden_states))
+
+    def loss(self, hidden_states, labels, masked_positions=None, num_items=None):
+        """Cross-entropy of the masked tokens (B, T), without a score for any other place.
+
+        `masked_positions` (B, M) as in `layers.scored_places`; `num_items` divides the sum.
+        """
+        hidden_states, labels = scored_places(hidden_states, labels, masked_positions)
+        features = self.features(hidden_states)
+        if not is_plain_linear(self.decoder):
+            return cross_entropy(self.decoder(features), labels, num_items)
+        return linear_cross_entropy(features, self.decoder.weight, labels, num_items, bias=self.decoder.bias)
+
+
+class ZooBertForPreTraining(ZooBertPreTrainedModel):
+    """BERT with both heads of the paper: masked tokens, and whether the second text follows the first."""
+
+    _auto_class = "AutoModelForPreTraining"
+    _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
+    _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__(config)
+        self.bert = ZooBertModel(config)
+        self.mlm_head = MaskedTokenHead(config)
+        self.nsp_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.mlm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        next_sentence_label: torch.LongTensor | None = None,
+        masked_positions: torch.LongTensor | None = None,
+        sequence_positions: torch.LongTensor | None = None,
+        num_items_in_batch: dict | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> BertForPreTrainingOutput:
+        """
+        Args:
+            labels: (B, T), the true token where one was masked, -100 elsewhere.
+            next_sentence_label: (B,), 0 where the second text follows the first and 1 where it is another; for rows
+                packed with several sequences (B, S), -100 where a row has fewer.
+            masked_positions: (B, M), the places in `labels` that count, padded with -1. With them every shape is
+                fixed, as a full graph needs; without them they are searched for.
+            sequence_positions: (B, S), the first place of each sequence of a packed row, padded with -1.
+            num_items_in_batch: what the summed losses are divided by, {"masked_lm": ..., "next_sentence": ...}; by
+                default the number of labels that count.
+            return_logits: whether to return `prediction_logits` beside a loss. Default: not while training.
+
+        Returns:
+            `loss`, the sum of the losses whose labels were given; `prediction_logits` (B, T, V) unless left out;
+            `seq_relationship_logits` (B, 2) or (B, S, 2).
+        """
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states, pooled = outputs.last_hidden_state, outputs.pooler_output
+        if sequence_positions is not None:
+            pooled = self.bert.pool(hidden_states.take_along_dim(sequence_positions.clamp(min=0)[..., None], dim=1))
+        relationship = self.nsp_head(pooled)
+
+        num_items = num_items_in_batch or {}
+        losses = []
+        if labels is not None:
+            losses.append(self.mlm_head.loss(hidden_states, labels, masked_positions, num_items.get("masked_lm")))
+        if next_sentence_label is not None:
+            losses.append(cross_entropy(relationship, next_sentence_label, num_items.get("next_sentence")))
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        return BertForPreTrainingOutput(
+            loss=sum(losses) if losses else None,
+            prediction_logits=self.mlm_head(hidden_states) if return_logits else None,
+            seq_relationship_logits=relationship,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ZooBertForMaskedLM(ZooBertPreTrainedModel):
+    """BERT with the head that fills in masked tokens."""
+
+    _auto_class = "AutoModelForMaskedLM"
+    _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
+    _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__(config)
+        self.bert = ZooBertModel(config, add_pooling_layer=False)
+        self.mlm_head = MaskedTokenHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.mlm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        masked_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Arguments and results as `ZooBertForPreTraining`, without what concerns the next sentence;
+        `num_items_in_batch` is one number."""
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = self.mlm_head.loss(hidden_states, labels, masked_positions, num_items_in_batch)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        return MaskedLMOutput(
+            loss=loss,
+            logits=self.mlm_head(hidden_states) if return_logits else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def classifier_dropout(config: ZooBertConfig) -> nn.Dropout:
+    """The dropout before a classifier."""
+    return nn.Dropout(config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout)
+
+
+class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
+    """BERT with a linear classifier of a text, or of a pair of texts, on the pooled first token (Devlin et al. 2019,
+    figure 4a and b)."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = ZooBertModel(config)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            labels: (B,) class ids; (B,) or (B, num_labels) numbers for regression; (B, num_labels) of 0 and 1 for
+                multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels.
+        """
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ZooBertForTokenClassification(ZooBertPreTrainedModel):
+    """BERT with a linear classifier of every token (Devlin et al. 2019, figure 4d)."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = ZooBertModel(config, add_pooling_layer=False)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """
+        Args:
+            labels: (B, T) class ids, -100 where a token is not scored.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+        """
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, num_items_in_batch, self.config.class_weights)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
+    """BERT that points at the first and the last token of an answer (Devlin et al. 2019, section 4.2)."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: ZooBertConfig):
+        super().__init__(config)
+        self.bert = ZooBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """
+        Args:
+            start_positions, end_positions: (B,), the places of the answer's first and last token; one outside the
+                row is not scored.
+            num_items_in_batch: what the loss, half of it for each end, is divided by; by default the number of
+                answers.
+        """
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            num_places = logits.shape[1]
+            ends = [(start_logits, start_positions), (end_logits, end_positions)]
+            losses = [
+                cross_entropy(
+                    scores, places.flatten().clamp(0, num_places), num_items_in_batch, ignore_index=num_places
+                )
+                for scores, places in ends
+            ]
+            loss = sum(losses) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# Stock BERT key names, both ways.
+register_checkpoint_conversion_mapping(
+    ZooBertConfig.model_type,
+    [
+        WeightRenaming(r"embeddings\.word_embeddings\.", r"embed_tokens\."),
+        WeightRenaming(r"embeddings\.position_embeddings\.", r"embed_positions\."),
+        WeightRenaming(r"embeddings\.token_type_embeddings\.", r"embed_token_types\."),
+        WeightRenaming(r"embeddings\.LayerNorm\.", r"embedding_norm\."),
+        WeightRenaming(r"encoder\.layer\.", r"(?<!\w)layers\."),
+        WeightRenaming(r"\.attention\.self\.query\.", r"\.attention\.q_proj\."),
+        WeightRenaming(r"\.attention\.self\.key\.", r"\.attention\.k_proj\."),
+        WeightRenaming(r"\.attention\.self\.value\.", r"\.attention\.v_proj\."),
+        WeightRenaming(r"\.attention\.output\.dense\.", r"\.attention\.o_proj\."),
+        WeightRenaming(r"\.attention\.output\.LayerNorm\.", r"\.attention_norm\."),
+        WeightRenaming(r"\.intermediate\.dense\.", r"\.feed_forward\.up_proj\."),
+        WeightRenaming(r"(?<=\d)\.output\.dense\.", r"\.feed_forward\.down_proj\."),
+        WeightRenaming(r"(?<=\d)\.output\.LayerNorm\.", r"\.feed_forward_norm\."),
+        WeightRenaming(r"pooler\.dense\.", r"(?<!\w)pooler\."),
+        WeightRenaming(r"cls\.predictions\.transform\.dense\.", r"mlm_head\.transform\."),
+        WeightRenaming(r"cls\.predictions\.transform\.LayerNorm\.", r"mlm_head\.norm\."),
+        WeightRenaming(r"cls\.predictions\.decoder\.weight", r"mlm_head\.decoder\.weight"),
+        WeightRenaming(r"cls\.predictions\.bias", r"mlm_head\.decoder\.bias"),
+        WeightRenaming(r"cls\.seq_relationship\.", r"nsp_head\."),
+    ],
+    overwrite=True,
+)
