@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
@@ -281,13 +280,11 @@ class ZooPreTrainedModel(PreTrainedModel):
             fresh = type(self)(self.config)  # reverses every renaming; a loaded model only those that its file needed
         weights = revert_weight_conversion(fresh, self.state_dict())
         stock, loaded = stock_class.from_pretrained(
-            None, config=stock_config, state_dict=weights, dtype=self.dtype, output_loading_info=True
+            None,
+            config=stock_config,
+            state_dict={name: weight.clone() for name, weight in weights.items()},
+            dtype=self.dtype,
+            output_loading_info=True,
         )
         assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
         return stock.to(self.device).train(self.training)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is W x + b and nothing else: no adapter, no hook, no weight split over devices."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked

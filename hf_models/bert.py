@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -32,17 +32,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TextConfig, ZooPreTrainedModel, is_plain_linear
+from .base import TextConfig, ZooPreTrainedModel
 from .layers import (
     ACTIVATIONS,
     Packing,
     TransformerStack,
     classification_loss,
     cross_entropy,
+    is_plain_linear,
     linear_cross_entropy,
     make_norm,
     scored_places,
 )
+from .question_answering import answer_question
 
 
 @strict
@@ -92,8 +94,7 @@ class ZooBertConfig(TextConfig):
 class ZooBertPreTrainedModel(ZooPreTrainedModel):
     config_class = ZooBertConfig
     base_model_prefix = "bert"
-    # Buffers of old checkpoints, and a second name for the bias of the masked-token head.
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$", r"cls\.predictions\.decoder\.bias$"]
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]  # a buffer of old checkpoints
 
     def stock_class_and_config(self):
         import transformers
@@ -141,14 +142,15 @@ class ZooBertModel(ZooBertPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        skip_padding: bool = True,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding, on which nothing is computed: its outputs are
-                0 (except where a compiler, or hidden states asked for, need a tensor of fixed shape); or a ready
-                (B, 1, T, T) mask.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding; or a ready (B, 1, T, T) mask.
+            skip_padding: compute nothing on padding, so that its outputs are 0. Without effect where a compiler, or
+                hidden states asked for, need tensors of fixed shape.
             token_type_ids: (B, T), 0 or 1. Default: 0.
             position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
                 and the next begins: attention then stays within each.
@@ -162,8 +164,8 @@ class ZooBertModel(ZooBertPreTrainedModel):
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
-        may_pack = not (wants_states or torch.compiler.is_compiling())
-        packing = self.find_packing(attention_mask, position_ids) if may_pack else None
+        skip_padding = skip_padding and not (wants_states or torch.compiler.is_compiling())
+        packing = self.find_packing(attention_mask, position_ids) if skip_padding else None
 
         mask = None
         if packing is not None and is_flash_attention_requested(self.config):
@@ -230,6 +232,12 @@ class MaskedTokenHead(nn.Module):
     def forward(self, hidden_states):
         return self.decoder(self.features(hidden_states))
 
+    def forward_at(self, hidden_states, positions=None):
+        """The scores (B, M, V) at `positions` (B, M), padded with -1; by default everywhere."""
+        if positions is not None:
+            hidden_states = hidden_states.take_along_dim(positions.clamp(min=0)[..., None], dim=1)
+        return self(hidden_states)
+
     def loss(self, hidden_states, labels, masked_positions=None, num_items=None):
         """Cross-entropy of the masked tokens (B, T), without a score for any other place.
 
@@ -246,6 +254,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
     """BERT with both heads of the paper: masked tokens, and whether the second text follows the first."""
 
     _auto_class = "AutoModelForPreTraining"
+    accepts_loss_kwargs = False  # `Trainer` counts the items of one loss, and here are two
     _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
     _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
 
@@ -275,6 +284,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
         masked_positions: torch.LongTensor | None = None,
         sequence_positions: torch.LongTensor | None = None,
         num_items_in_batch: dict | None = None,
+        logits_to_keep: torch.LongTensor | None = None,
         return_logits: bool | None = None,
         **kwargs,
     ) -> BertForPreTrainingOutput:
@@ -288,6 +298,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
             sequence_positions: (B, S), the first place of each sequence of a packed row, padded with -1.
             num_items_in_batch: what the summed losses are divided by, {"masked_lm": ..., "next_sentence": ...}; by
                 default the number of labels that count.
+            logits_to_keep: (B, K), compute `prediction_logits` (B, K, V) for these places only, padded with -1.
             return_logits: whether to return `prediction_logits` beside a loss. Default: not while training.
 
         Returns:
@@ -317,7 +328,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
             return_logits = labels is None or not self.training
         return BertForPreTrainingOutput(
             loss=sum(losses) if losses else None,
-            prediction_logits=self.mlm_head(hidden_states) if return_logits else None,
+            prediction_logits=self.mlm_head.forward_at(hidden_states, logits_to_keep) if return_logits else None,
             seq_relationship_logits=relationship,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -354,6 +365,7 @@ class ZooBertForMaskedLM(ZooBertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         masked_positions: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: torch.LongTensor | None = None,
         return_logits: bool | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
@@ -375,7 +387,7 @@ class ZooBertForMaskedLM(ZooBertPreTrainedModel):
             return_logits = labels is None or not self.training
         return MaskedLMOutput(
             loss=loss,
-            logits=self.mlm_head(hidden_states) if return_logits else None,
+            logits=self.mlm_head.forward_at(hidden_states, logits_to_keep) if return_logits else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -493,6 +505,11 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    def answer(self, tokenizer, question: str, context: str, **options):
+        """The best answers in the context, the best one first; `question_answering.answer_question` lists the
+        options."""
+        return answer_question(self, tokenizer, question, context, **options)
+
     @can_return_tuple
     def forward(
         self,
@@ -519,6 +536,7 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            skip_padding=start_positions is None,  # stock's loss is a choice among all places, padding too
             **kwargs,
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
@@ -543,10 +561,37 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
         )
 
 
+class FirstOfTwoNames(ConversionOps):
+    """One tensor that a stock file has under the first name, the second, or both, where the first one counts."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        found = next(input_dict[name] for name in source_patterns if name in input_dict)
+        return {target_patterns[0]: found[0] if isinstance(found, list) else found}
+
+    @property
+    def reverse_op(self):
+        return UnderBothNames()
+
+
+class UnderBothNames(ConversionOps):
+    """The reverse of `FirstOfTwoNames`."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        found = next(iter(input_dict.values()))
+        return dict.fromkeys(target_patterns, found[0] if isinstance(found, list) else found)
+
+    @property
+    def reverse_op(self):
+        return FirstOfTwoNames()
+
+
 # Stock BERT key names, both ways.
 register_checkpoint_conversion_mapping(
     ZooBertConfig.model_type,
     [
+        # The first checkpoints call a norm's gain and bias gamma and beta; what is saved has the first name of each.
+        WeightRenaming([r"LayerNorm\.weight", r"LayerNorm\.gamma"], r"LayerNorm\.weight"),
+        WeightRenaming([r"LayerNorm\.bias", r"LayerNorm\.beta"], r"LayerNorm\.bias"),
         WeightRenaming(r"embeddings\.word_embeddings\.", r"embed_tokens\."),
         WeightRenaming(r"embeddings\.position_embeddings\.", r"embed_positions\."),
         WeightRenaming(r"embeddings\.token_type_embeddings\.", r"embed_token_types\."),
@@ -564,7 +609,12 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"cls\.predictions\.transform\.dense\.", r"mlm_head\.transform\."),
         WeightRenaming(r"cls\.predictions\.transform\.LayerNorm\.", r"mlm_head\.norm\."),
         WeightRenaming(r"cls\.predictions\.decoder\.weight", r"mlm_head\.decoder\.weight"),
-        WeightRenaming(r"cls\.predictions\.bias", r"mlm_head\.decoder\.bias"),
+        # The decoder's bias; most files have it under its older name alone.
+        WeightConverter(
+            [r"cls\.predictions\.decoder\.bias", r"cls\.predictions\.bias"],
+            r"mlm_head\.decoder\.bias",
+            operations=[FirstOfTwoNames()],
+        ),
         WeightRenaming(r"cls\.seq_relationship\.", r"nsp_head\."),
     ],
     overwrite=True,

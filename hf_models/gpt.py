@@ -26,8 +26,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TextConfig, ZooPreTrainedModel, is_plain_linear
-from .layers import TransformerStack, classification_loss, linear_cross_entropy, make_norm
+from .base import TextConfig, ZooPreTrainedModel
+from .layers import TransformerStack, classification_loss, is_plain_linear, linear_cross_entropy, make_norm
 
 
 @strict

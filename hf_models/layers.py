@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -197,9 +198,21 @@ class FeedForward(nn.Module):
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
 
     def forward(self, hidden_states):
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(hidden_states)))
-        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        """(B, T, D) -> (B, T, D)."""
+        wide = [project(hidden_states) for project in (self.up_proj, self.gate_proj) if project is not None]
+        if not self.training or torch.compiler.is_compiling() or not is_plain_linear(self.down_proj):
+            return self._down(*wide)
+        # The activation is the widest tensor of a block, and quick to compute again when the backward pass needs it.
+        return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
+
+    def _down(self, up, gate=None):
+        return self.down_proj(self.activation(up) if gate is None else self.activation(gate) * up)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is W x + b and nothing else: no adapter, no hook, no weight split over devices."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked
 
 
 def make_norm(config) -> nn.Module:
@@ -434,7 +447,8 @@ def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_ind
     total = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
         counts = labels != ignore_index
-        num_items = counts.sum().clamp(min=1) if weights is None else (weights[labels * counts] * counts).sum()
+        num_items = counts.sum() if weights is None else (weights[labels * counts] * counts).sum()
+        num_items = num_items.where(num_items > 0, 1)
     return total / num_items
 
 
@@ -473,8 +487,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, dtype):
         num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # At most eight slices: each rereads the weight's gradient; at least 256 tokens, to keep the products efficient.
-        slice_size = max(1, num_tokens) if num_tokens * vocab_size <= 2**24 else max(256, -(-num_tokens // 8))
+        # At most eight slices: each rereads the weight's gradient; at least 128 tokens, to keep the products efficient.
+        slice_size = max(1, num_tokens) if num_tokens * vocab_size <= 2**24 else max(128, -(-num_tokens // 8))
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
