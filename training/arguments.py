@@ -69,6 +69,10 @@ class RunArguments:
     final_learning_rate: float = option(0.1, "end of cosine and linear, as a fraction of the peak", "optimization")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", "optimization")
     ema_decay: float = option(0.0, "decay of an exponential moving average of the weights; 0: none", "optimization")
+    layer_decay: float = option(
+        1.0, "each layer's learning rate, as a fraction of that of the layer above it", "optimization"
+    )
+    patience: int = option(0, "evaluations in a row without a better one after which to stop; 0: never", "optimization")
 
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "None: as `accelerate launch` set it", "speed and memory"
@@ -84,11 +88,13 @@ class RunArguments:
     def __post_init__(self):
         counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
         sizes = ("seed", "eval_every", "save_every", "warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm")
+        sizes += ("patience",)
         bounds = {
             "at least 1": (counts, lambda x: x >= 1),
             "at least 0": (sizes, lambda x: 0 <= x < math.inf),
             "at least 0 and below 1": (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1),
             "above 0": (("learning_rate", "matrix_learning_rate"), lambda x: 0 < x < math.inf),
+            "above 0 and at most 1": (("layer_decay",), lambda x: 0 < x <= 1),
             "a fraction of learning_rate, from 0 to 1": (("final_learning_rate",), lambda x: 0 <= x <= 1),
         }
         for bound, (names, holds) in bounds.items():

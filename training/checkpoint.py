@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from training.files import TEMPORARY, file_record, fsync, temporary_beside, write_durably
+from training.optim import parameter_names
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,8 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `folder` (output_dir/checkpoints); the newest `keep` sound ones stay.
+    """The checkpoints of one run, under `folder` (output_dir/checkpoints); the newest `keep` sound ones stay, and
+    besides them the best one, where a run has one.
 
     One process writes, the holder of the run's `RunLock`.
     """
@@ -66,7 +67,12 @@ class Checkpoints:
         self._sound: set[Path] = set()  # written or verified by this process: not hashed a second time
 
     def save(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, external: dict[str, dict] | None = None
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict,
+        external: dict[str, dict] | None = None,
+        best: int | None = None,
     ) -> Path:
         """Write checkpoint `step` and, once it stands, remove what `keep` no longer covers.
 
@@ -74,11 +80,12 @@ class Checkpoints:
         state: anything JSON holds.
         external: immutable files that the checkpoint needs but does not contain, {path: {"size", "sha256"}} (see
             `file_record`), absolute or relative to the run's folder; verified like its own.
+        best: the step of a checkpoint, this or an earlier one, that is not to be removed.
 
         A sound checkpoint of this step is left alone, a damaged one replaced. Raises OSError, in one line, when the
         disk refuses; all earlier checkpoints are then as they were.
         """
-        final = self.folder / f"step-{step:06d}"
+        final = self.path(step)
         if final.exists() and self._is_sound(final):
             return final
         temporary = writing = temporary_beside(final)
@@ -113,7 +120,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
         self._sound.add(final)
-        self._rotate(final)
+        self._rotate(final, best)
         return final
 
     def newest_verified(self) -> tuple[Path | None, list[str]]:
@@ -135,8 +142,12 @@ class Checkpoints:
             )
         return None, skipped
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of this step is, if there is one."""
+        return self.folder / f"step-{step:06d}"
+
     def load(self, path: Path) -> Checkpoint:
-        """Open a checkpoint that `newest_verified` named."""
+        """Open a checkpoint that was verified."""
         step = json.loads((path / "manifest.json").read_bytes())["content"]["step"]
         return Checkpoint(path, step, json.loads((path / "state.json").read_bytes()))
 
@@ -150,14 +161,14 @@ class Checkpoints:
             self._sound.add(path)
         return path in self._sound
 
-    def _rotate(self, newest: Path) -> None:
-        """Keep `newest` and the next `keep - 1` sound ones. A damaged checkpoint is nothing to fall back to, so it
-        does not count and goes."""
+    def _rotate(self, newest: Path, best: int | None) -> None:
+        """Keep `newest`, the next `keep - 1` sound ones, and that of step `best`. A damaged checkpoint is nothing to
+        fall back to, so it does not count and goes."""
         kept = [newest]
         for path in self._paths():
             if path not in kept and len(kept) < self.keep and self._is_sound(path):
                 kept.append(path)
-            elif path not in kept:
+            elif path not in kept and _step_of(path) != best:
                 self._discard(path)
 
     def _discard(self, path: Path) -> None:
@@ -281,7 +292,7 @@ def gather_training_state(
     state = get_optimizer_state_dict(model, stepped, options=options) if stepped else {}
     if not weights:
         return {}, {}
-    for first, *others in _parameter_names(model).values():  # gathering gave each name of a tied weight a copy
+    for first, *others in parameter_names(model).values():  # gathering gave each name of a tied weight a copy
         weights |= {name: weights[first] for name in others}
     moments, scalars = flatten_optimizer_state(state or {"state": {}, "param_groups": []})
     return {"model": weights, "optimizer": moments}, {"optimizer": scalars}
@@ -292,13 +303,15 @@ def restore_training_state(
 ) -> None:
     """Put what `gather_training_state` gave back, bit for bit, whatever the number of processes then and now.
 
-    Every process calls it; only the first reads the checkpoint, the others may pass None. Raises ValueError when the
-    optimizers are not those that were saved.
+    Every process calls it; only the first reads the checkpoint, the others may pass None. Without optimizers only the
+    weights are put back. Raises ValueError when the optimizers are not those that were saved.
     """
     distributed = dist.is_available() and dist.is_initialized()
     reads = not distributed or dist.get_rank() == 0
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
     set_model_state_dict(model, checkpoint.tensors("model") if reads else {}, options=options)
+    if not optimizers:
+        return
     tensors = checkpoint.tensors("optimizer") if reads else {}
     # Scalars, shapes and single numbers travel at once, then each tensor by itself: never a second copy of them all.
     outline = {name: tensor.to("meta") if tensor.dim() else tensor for name, tensor in tensors.items()}
@@ -308,7 +321,7 @@ def restore_training_state(
     scalars, outline = message[0]
     if not scalars["param_groups"]:
         return  # saved before the first step
-    names = {parameter: first for parameter, (first, *_) in _parameter_names(model).items()}
+    names = {parameter: first for parameter, (first, *_) in parameter_names(model).items()}
     groups = [[names[p] for p in group["params"]] for optimizer in optimizers for group in optimizer.param_groups]
     if [set(group) for group in groups] != [set(group["params"]) for group in scalars["param_groups"]]:
         raise ValueError("the checkpoint was written with other optimizer groups; repeat its command or give --restart")
@@ -341,13 +354,3 @@ def _spread(source: Tensor | None, outline: Tensor, parameter: Tensor, distribut
     if distributed:
         dist.broadcast(full, src=0)
     return full
-
-
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter's names in the bare model; a tied weight has several."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(re.sub(r"(_orig_mod|_checkpoint_wrapped_module)\.", "", name))
-    return names

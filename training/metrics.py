@@ -1,6 +1,7 @@
 """The measures of `eval_results.json`, as `evaluate.Metric` classes that need no network.
 
-A metric is fed sums, so that it is exact whatever the batches, and computed on rank 0 over what all ranks gathered:
+A metric is fed sums or single examples, so that it is exact whatever the batches, and computed on rank 0 over what
+all ranks gathered:
 
     metric = load_metric(LanguageModeling)
     metric.add_batch(nll_sum=[1093.2, 1121.8], num_tokens=[512, 512], num_bytes=[2031, 2093])
@@ -8,10 +9,14 @@ A metric is fed sums, so that it is exact whatever the batches, and computed on 
 """
 
 import math
+import re
+import string
 import tempfile
+from collections import Counter
 
 import datasets
 import evaluate
+import numpy as np
 
 
 def load_metric(metric_class: type[evaluate.Metric]) -> evaluate.Metric:
@@ -22,6 +27,10 @@ def load_metric(metric_class: type[evaluate.Metric]) -> evaluate.Metric:
     return metric
 
 
+def _describe(metric: evaluate.Metric, **features) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(description=metric.__doc__, citation="", features=datasets.Features(features))
+
+
 class LanguageModeling(evaluate.Metric):
     """Loss in nats per predicted token, its exponential, and bits per UTF-8 byte of text.
 
@@ -30,12 +39,8 @@ class LanguageModeling(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"nll_sum": "float64", "num_tokens": "int64", "num_bytes": "int64"}
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
-        )
+        number = datasets.Value("int64")
+        return _describe(self, nll_sum=datasets.Value("float64"), num_tokens=number, num_bytes=number)
 
     def _compute(self, nll_sum: list[float], num_tokens: list[int], num_bytes: list[int]) -> dict[str, float]:
         nll, tokens, size = math.fsum(nll_sum), sum(num_tokens), sum(num_bytes)
@@ -47,3 +52,159 @@ class LanguageModeling(evaluate.Metric):
         except OverflowError:
             perplexity = math.inf
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": nll / (math.log(2) * size)}
+
+
+class MaskedLanguageModeling(evaluate.Metric):
+    """Loss and accuracy of masked tokens, and of sentence pairs where there are any; `loss` is the sum of both losses,
+    in nats (Devlin et al. 2019, appendix A.2)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        names = ("num_masked", "num_masked_correct", "num_pairs", "num_pairs_correct")
+        sums = {name: datasets.Value("float64") for name in ("masked_nll_sum", "pair_nll_sum")}
+        return _describe(self, **sums, **{name: datasets.Value("int64") for name in names})
+
+    def _compute(
+        self, masked_nll_sum, num_masked, num_masked_correct, pair_nll_sum, num_pairs, num_pairs_correct
+    ) -> dict[str, float]:
+        num_masked, num_pairs = sum(num_masked), sum(num_pairs)
+        if num_masked == 0:
+            raise ValueError("no token was masked, so there is nothing to measure: give more text")
+        loss = math.fsum(masked_nll_sum) / num_masked
+        results = {"loss": loss, "masked_loss": loss, "masked_accuracy": sum(num_masked_correct) / num_masked}
+        if num_pairs:
+            loss = math.fsum(pair_nll_sum) / num_pairs
+            results |= {
+                "loss": results["loss"] + loss,
+                "next_sentence_loss": loss,
+                "next_sentence_accuracy": sum(num_pairs_correct) / num_pairs,
+            }
+        return results
+
+
+class Classification(evaluate.Metric):
+    """Accuracy, F1 and Matthews correlation of class ids from 0 to `num_labels` - 1.
+
+    `f1` is that of class 1 where there are two classes, as GLUE has it; `macro_f1` is the mean over the classes. What
+    is a division by zero (a class that is neither there nor predicted; a correlation with a constant) counts as 0.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _describe(self, predictions=datasets.Value("int64"), references=datasets.Value("int64"))
+
+    def _compute(self, predictions: list[int], references: list[int], num_labels: int) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+        f1 = f1_score(references, predictions, labels=range(num_labels), average=None, zero_division=0.0)
+        return {
+            "accuracy": float(accuracy_score(references, predictions)),
+            **({"f1": float(f1[1])} if num_labels == 2 else {}),
+            "macro_f1": float(f1.mean()),
+            "matthews_correlation": float(matthews_corrcoef(references, predictions)),
+        }
+
+
+class Regression(evaluate.Metric):
+    """Pearson's and Spearman's correlation, and the mean squared error. Nothing correlates with a constant: 0."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _describe(self, predictions=datasets.Value("float64"), references=datasets.Value("float64"))
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        from scipy import stats
+
+        is_constant = min(np.ptp(predictions), np.ptp(references)) == 0  # so is a single pair of values
+        return {
+            "pearson": 0.0 if is_constant else float(stats.pearsonr(predictions, references).statistic),
+            "spearman": 0.0 if is_constant else float(stats.spearmanr(predictions, references).statistic),
+            "mean_squared_error": float(np.mean(np.square(np.subtract(predictions, references)))),
+        }
+
+
+class QuestionAnswering(evaluate.Metric):
+    """Exact match and F1 of answers in words, the mean over all questions (Rajpurkar et al. 2016, section 6.1; 2018).
+
+    The official SQuAD comparison: without case, punctuation, articles and repeated spaces, with the best of the
+    reference answers; a question without any is answered by the empty text. Fractions of 1, where the official script
+    shows percent. If some questions have no answer, the two kinds are also reported apart.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return _describe(self, predictions=text, references=datasets.List(text))
+
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        exact, f1, has_answer = [], [], []
+        for prediction, answers in zip(predictions, references, strict=True):
+            words = normalised_words(prediction)
+            answers = [normalised_words(answer) for answer in answers]
+            answers = [answer for answer in answers if answer] or [[]]
+            exact.append(float(words in answers))
+            f1.append(max(_words_f1(words, answer) for answer in answers))
+            has_answer.append(answers != [[]])
+        exact, f1, has_answer = np.array(exact), np.array(f1), np.array(has_answer)
+        results = {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
+        if not has_answer.all():
+            results["no_answer_accuracy"] = float(exact[~has_answer].mean())
+            if has_answer.any():
+                results["answerable_exact_match"] = float(exact[has_answer].mean())
+                results["answerable_f1"] = float(f1[has_answer].mean())
+        return results
+
+
+def normalised_words(text: str) -> list[str]:
+    """The words of an answer as SQuAD compares them: lower-cased, without punctuation and articles."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _words_f1(words: list[str], answer: list[str]) -> float:
+    if not words or not answer:
+        return float(words == answer)
+    return 2 * sum((Counter(words) & Counter(answer)).values()) / (len(words) + len(answer))
+
+
+class Entities(evaluate.Metric):
+    """Precision, recall and F1 of entities, and the accuracy of the single tags.
+
+    An entity is predicted if one of the same type covers exactly the same words (Tjong Kim Sang and De Meulder 2003);
+    `entities` says which entities a row of tags has. Counts are summed over all rows; without a single entity all
+    three are 0.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.List(datasets.Value("string"))
+        return _describe(self, predictions=tags, references=tags)
+
+    def _compute(self, predictions: list[list[str]], references: list[list[str]]) -> dict[str, float]:
+        num_predicted = num_real = num_found = num_right = num_words = 0
+        for predicted, real in zip(predictions, references, strict=True):
+            found = entities(predicted), entities(real)
+            num_predicted += len(found[0])
+            num_real += len(found[1])
+            num_found += len(found[0] & found[1])
+            num_right += sum(one == other for one, other in zip(predicted, real, strict=True))
+            num_words += len(real)
+        return {
+            "precision": num_found / max(num_predicted, 1),
+            "recall": num_found / max(num_real, 1),
+            "f1": 2 * num_found / max(num_predicted + num_real, 1),
+            "accuracy": num_right / max(num_words, 1),
+        }
+
+
+def entities(tags: list[str]) -> set[tuple[str, int, int]]:
+    """The entities (type, first word, end) of one row of tags, as the CoNLL script conlleval and seqeval count them.
+
+    `B-X` begins an entity of type X and `I-X` goes on with it; an `I-X` with nothing of type X before it begins one
+    too, so that both of CoNLL's ways to write tags (IOB1, IOB2) give the same entities. Any other tag is outside.
+    """
+    found, kind, first = set(), None, 0
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        name = name if prefix in ("B", "I") else None
+        if kind is not None and (name != kind or prefix == "B"):
+            found.add((kind, first, place))
+            kind = None
+        if kind is None and name is not None:
+            kind, first = name, place
+    return found

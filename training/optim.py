@@ -11,28 +11,64 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+IN_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Each parameter's names in the bare model, as in a checkpoint: wrappers (DDP, torch.compile, activation
+    checkpointing) leave nothing in them. A tied weight has several. The order is the model's."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(re.sub(r"(_orig_mod|_checkpoint_wrapped_module)\.", "", name))
+    return names
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters, each tied one once, by the names they have in a checkpoint: wrappers (DDP,
-    torch.compile, activation checkpointing) leave no `module.` or `_orig_mod.` in them."""
-    wrappers = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
-    return {
-        ".".join(part for part in name.split(".") if part not in wrappers): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """The trainable parameters, each tied one once, by their first name in the bare model."""
+    return {names[0]: parameter for parameter, names in parameter_names(model).items() if parameter.requires_grad}
 
 
-def parameter_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:
+    """What to multiply the learning rate of each parameter by, so that the layers nearer to the data, whose features
+    are the more general, change less in fine-tuning (Howard & Ruder 2018, section 3.2).
+
+    The last depth has 1: what comes after the layers, as the final norm and the heads. Each `layers.i.` has
+    `layer_decay` times the scale of the layer above it, and what comes before the layers, the embeddings, once more.
+
+    names: of all parameters, frozen ones too, in the order of the model. Raises ValueError if none is in a layer.
+    """
+    layers = [int(found[2]) if (found := IN_LAYER.search(name)) else None for name in names]
+    numbers = [number for number in layers if number is not None]
+    if layer_decay != 1 and not numbers:
+        raise ValueError("layer_decay finds no parameter under `layers.`: leave it at 1 for this model")
+    num_layers = max(numbers, default=-1) + 1
+    scales, depth = {}, 0
+    for name, number in zip(names, layers, strict=True):
+        if number is not None:
+            depth = num_layers + 1  # of what follows the layers
+        scales[name] = layer_decay ** (num_layers + 1 - (depth if number is None else number + 1))
+    return scales
+
+
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], weight_decay: float, learning_rate: float, scales: dict[str, float]
+) -> list[dict]:
     """One group that decays, the matrices (embeddings among them), and one that does not: biases and norms' gains.
-    Those set a scale or an offset that a pull to zero only disturbs. Order follows the model; empty groups are left
-    out."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    Those set a scale or an offset that a pull to zero only disturbs. Where the learning rate is scaled by layer, one
+    of each for every scale. Order follows the model."""
+    groups: dict[tuple, dict] = {}
+    for is_matrix in (True, False):
+        options = {"weight_decay": weight_decay if is_matrix else 0.0}
+        for name, parameter in parameters.items():
+            if (parameter.ndim >= 2) == is_matrix:
+                group = {"params": [], "lr": learning_rate * scales[name], **options}
+                groups.setdefault((is_matrix, scales[name]), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def create_optimizers(
@@ -43,21 +79,23 @@ def create_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     matrix_learning_rate: float | None = None,
+    layer_decay: float = 1.0,
 ) -> list[Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
     "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated
     blocks (`layers.0.`, `layers.1.`, ...), never the embeddings or the head, and AdamW on the rest; Muon's updates
     are scaled so that `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
+    `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`.
     Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
     """
     parameters = named_parameters(model)
     if not parameters:
         raise ValueError("the model has no trainable parameter: all of them are frozen")
+    scales = layer_scales([names[0] for names in parameter_names(model).values()], layer_decay)
     matrices = {}
     if optimizer == "muon":
-        in_block = re.compile(r"(^|\.)layers\.\d+\.")
-        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and in_block.search(name)}
+        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and IN_LAYER.search(name)}
         if not matrices:
             raise ValueError("optimizer 'muon' finds no trainable matrix under `layers.`: use 'adamw' for this model")
     elif optimizer != "adamw":
@@ -67,9 +105,10 @@ def create_optimizers(
     optimizers = []
     if matrices:
         rate = learning_rate if matrix_learning_rate is None else matrix_learning_rate
-        optimizers.append(Muon(matrices.values(), lr=rate, weight_decay=weight_decay))
+        groups = parameter_groups(matrices, weight_decay, rate, scales)
+        optimizers.append(Muon(groups, lr=rate, weight_decay=weight_decay))
     if rest:
-        groups = parameter_groups(rest, weight_decay)
+        groups = parameter_groups(rest, weight_decay, learning_rate, scales)
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
 
     groups = [group for one in optimizers for group in one.param_groups]

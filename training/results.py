@@ -31,8 +31,9 @@ class MetricsLog:
     step are cut off: the file of a resumed run is that of an uninterrupted one, times aside.
     """
 
-    def __init__(self, accelerator, args, output_dir: Path, progress: dict):
+    def __init__(self, accelerator, args, output_dir: Path, progress: dict, unit: str, row_length: int | None = None):
         self.accelerator, self.progress, self.path = accelerator, progress, output_dir / "metrics.jsonl"
+        self.unit, self.room_in_step = unit, (row_length or 0) * args.global_batch_size
         if args.report_to != "none":
             config = {name: value for name, value in vars(args).items() if value is not None}
             accelerator.init_trackers(output_dir.resolve().name, config=config)
@@ -54,26 +55,27 @@ class MetricsLog:
         )
         self.close = self.bar.close
 
-    def add(self, loss: float, num_items: float, seconds: float):
+    def add(self, loss: float, num_units: float, seconds: float):
         self.progress["loss_sum"] += loss
-        self.progress["num_items"] += num_items
+        self.progress["num_units"] += num_units
         self.progress["num_steps"] += 1
         self.progress["interval_seconds"] += seconds
         self.bar.update()
 
-    def write_training(self, learning_rate: float, gradient_norm: float | None, unit: str):
-        progress = self.progress
+    def write_training(self, learning_rate: float, gradient_norm: float | None):
+        progress, rate_name = self.progress, f"{self.unit}_per_second"
         values = {
             "loss": progress["loss_sum"] / progress["num_steps"],
             "learning_rate": learning_rate,
-            f"{unit}_per_second": round(progress["num_items"] / progress["interval_seconds"], 1),
+            rate_name: round(progress["num_units"] / progress["interval_seconds"], 1),
         }
+        if self.room_in_step:
+            values["fill"] = progress["num_units"] / (progress["num_steps"] * self.room_in_step)
         if gradient_norm is not None:
             values["gradient_norm"] = gradient_norm
-        progress.update(loss_sum=0.0, num_items=0.0, num_steps=0, interval_seconds=0.0)
+        progress.update(loss_sum=0.0, num_units=0.0, num_steps=0, interval_seconds=0.0)
         self._write(values)
-        rate = values[f"{unit}_per_second"]
-        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", f"{unit}/s": f"{rate:,.0f}"})
+        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", f"{self.unit}/s": f"{values[rate_name]:,.0f}"})
 
     def write_evaluation(self, results: dict[str, Any]):
         self._write(results)

@@ -10,30 +10,21 @@ and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer
 
 import hf_models
-from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors, with_defaults
+from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.documents import read_documents
 from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
+from training.models import create_text_model
 from training.results import finish
-from training.text import (
-    IGNORED_LABEL,
-    StreamedTokens,
-    TokenCache,
-    TokenRows,
-    evaluation_rows,
-    make_tokenizer,
-    separator_id,
-    tokenize_documents,
-    tokenizer_fingerprint,
-)
+from training.stream import StreamedTokens
+from training.text import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
+from training.tokenizer import make_tokenizer, separator_id, tokenizer_fingerprint
 
 QUICKSTART = {  # a few minutes on two CPU cores
     "model": "gpt-tiny",
@@ -80,10 +71,11 @@ class GPTData:
     def num_items(self, batch):
         return int((batch["shift_labels"] != IGNORED_LABEL).sum())
 
+    def num_units(self, batch):
+        return batch["input_ids"].numel()  # rows are full
+
     def external_files(self):
-        if isinstance(self.rows, TokenRows):
-            return {}
-        return {str(self.rows.folder / name): record for name, record in self.rows.shards().items()}
+        return self.rows.external_files() if isinstance(self.rows, StreamedTokens) else {}
 
 
 class Validation:
@@ -134,41 +126,6 @@ class Validation:
         return self.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def create_gpt(args: GPTArguments, tokenizer, device: torch.device):
-    """A fresh model of the zoo that fits the tokenizer, or a checkpoint (ours or stock GPT-2) to go on from."""
-    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **parse_fields(args.config)}
-    if Path(args.model).exists() or "/" in args.model:
-        model = hf_models.ZooGPTForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
-        if len(tokenizer) > model.config.vocab_size or not is_own_tokenizer(tokenizer, args.model):
-            raise ValueError(
-                f"the tokenizer, of {len(tokenizer)} tokens, is not the one {args.model} was trained with, of "
-                f"{model.config.vocab_size}: give --tokenizer {args.model}"
-            )
-    else:
-        from_data = {
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": args.context_length,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        model = hf_models.create_model(args.model, **{**from_data, **options})
-    if args.context_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"context_length {args.context_length} is more than the {model.config.max_position_embeddings} positions "
-            f"of {args.model}"
-        )
-    return model
-
-
-def is_own_tokenizer(tokenizer, checkpoint: str) -> bool:
-    """Whether the checkpoint has the same vocabulary; true if it has none to compare with."""
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint).get_vocab() == tokenizer.get_vocab()
-    except (OSError, ValueError):
-        return True
-
-
 def main():
     with user_errors():
         args = parse_arguments(GPTArguments)
@@ -191,7 +148,14 @@ def main():
             else:
                 rows = TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
             validation = Validation(args, accelerator, tokenizer, cache, separator)
-            model = create_gpt(args, tokenizer, accelerator.device)
+            model = create_text_model(
+                args.model,
+                hf_models.ZooGPTForCausalLM,
+                tokenizer,
+                args.context_length,
+                accelerator.device,
+                args.config,
+            )
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
                 f"vocabulary, text from {corpus.source}"
@@ -205,7 +169,10 @@ def main():
                 within_document=args.within_document,
             )
         data = GPTData(rows, args.global_batch_size)
-        model, results = train(args, accelerator, model, data, validation.measure, identity, unit="tokens")
+        monitor = "eval_loss" if args.patience else None  # without patience the last weights are the result
+        model, results = train(
+            args, accelerator, model, data, validation.measure, identity, unit="tokens", monitor=monitor
+        )
         source = {"source": corpus.source, "fingerprint": corpus.fingerprint, "licence": corpus.license}
         finish(args, accelerator, model, tokenizer, results, task="text-generation", data=source)
 

@@ -18,8 +18,9 @@ import torch
 
 import hf_models
 from training.arguments import RunArguments
-from training.loop import create_accelerator, train
+from training.loop import train
 from training.optim import create_optimizers
+from training.processes import create_accelerator
 
 BATCH, TOKENS, STEPS = 16, 256, 8
 
@@ -38,6 +39,8 @@ class RandomTokens:
 
     def num_items(self, batch):
         return batch["shift_labels"].numel()
+
+    num_units = num_items
 
     def external_files(self):
         return {}
@@ -66,7 +69,7 @@ def bare(data):
     data.asked.clear()
     for _ in range(STEPS + 1):
         batch = data.batch(0, range(BATCH))
-        model(**batch, use_cache=False).loss.backward()
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -17,14 +17,14 @@ def trainers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def uninterrupted(trainers, tmp_path_factory):
-    """The folder of a run that nothing disturbed, by its dropout."""
+    """The folder of a run that nothing disturbed, by its script and dropout."""
     folders = {}
 
-    def folder(dropout: float = 0.0) -> Path:
-        if dropout not in folders:
-            folders[dropout] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            trainers.run(folders[dropout], dropout=dropout)
-        return folders[dropout]
+    def folder(dropout: float = 0.0, script: str = "train_gpt") -> Path:
+        if (script, dropout) not in folders:
+            folders[script, dropout] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            trainers.run(folders[script, dropout], script=script, dropout=dropout)
+        return folders[script, dropout]
 
     return folder
 

@@ -1,6 +1,7 @@
 """Real training processes for the tests: started, killed, and what they leave compared."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -18,8 +19,6 @@ TRAIN_GPT = str(REPOSITORY / "training" / "train_gpt.py")
 
 STEPS, BATCH, SAVE_EVERY = 24, 8, 6
 OPTIONS = {
-    "tokenizer": "char",
-    "context_length": 16,
     "global_batch_size": BATCH,
     "max_steps": STEPS,
     "optimizer": "muon",
@@ -29,8 +28,12 @@ OPTIONS = {
     "save_every": SAVE_EVERY,
     "eval_every": 12,
     "log_every": 3,
-    "sample_tokens": 8,
     "mixed_precision": "no",
+}
+SCRIPTS = {  # what each needs besides; `data` is one of the files that Trainers writes
+    "train_gpt": {"data": "text.txt", "tokenizer": "char", "context_length": 16, "sample_tokens": 8},
+    "train_bert": {"data": "text.txt", "vocab_size": 200, "row_length": 32, "scored_rows": 1},
+    "finetune_bert": {"data": "labelled.csv", "task": "classify", "model": "bert-tiny", "max_length": 32},
 }
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -60,7 +63,7 @@ class Run:
 
 
 class Trainers:
-    """Starts trainings in this folder's `runs`, all on the same text."""
+    """Starts trainings, all on the same text."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -69,6 +72,8 @@ class Trainers:
         lines = [" ".join(choose.choices(words, k=9)) + "." for _ in range(500)]
         self.text = folder / "text.txt"
         self.text.write_text("\n".join(lines))
+        labelled = [f"{line},{'colour' if 'zebra' in line else 'grey'}" for line in lines]
+        (folder / "labelled.csv").write_text("\n".join(["text,label", *labelled]))
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
             "HF_HOME": str(folder / "cache"),
@@ -86,15 +91,18 @@ class Trainers:
         )
         self.count = 0
 
-    def command(self, output_dir: Path, dropout: float = 0.0, **options) -> list[str]:
+    def command(self, output_dir: Path, script: str = "train_gpt", dropout: float = 0.0, **options) -> list[str]:
         model = {**MODEL, "hidden_dropout": dropout, "attention_dropout": dropout, **options.pop("config", {})}
-        options = {"data": self.text, "output_dir": output_dir, **OPTIONS, **options}
+        data = self.folder / SCRIPTS[script]["data"]
+        options = {**OPTIONS, **SCRIPTS[script], "data": data, "output_dir": output_dir, **options}
         options["config"] = ",".join(f"{name}={value}" for name, value in model.items())
         return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
-    def start(self, output_dir: Path, *hooks: str, env: dict | None = None, **options) -> Run:
+    def start(
+        self, output_dir: Path, *hooks: str, env: dict | None = None, script: str = "train_gpt", **options
+    ) -> Run:
         """A process of its own, forked from one that has made the imports. hooks: see trainer.py."""
-        return self.start_argv([*hooks, *self.command(output_dir, **options)], env)
+        return self.start_argv(["--script", script, *hooks, *self.command(output_dir, script, **options)], env)
 
     def start_argv(self, argv: list[str], env: dict | None = None) -> Run:
         folder = self._new_folder()
@@ -121,10 +129,10 @@ class Trainers:
             run.wait(expected)
         return runs
 
-    def launch(self, output_dir: Path, *hooks: str, launcher: tuple = ("--cpu",), script=TRAINER, **options) -> Run:
+    def launch(self, output_dir: Path, *hooks: str, launcher: tuple = ("--cpu",), file=TRAINER, **options) -> Run:
         """`accelerate launch` in a process group of its own."""
         folder = self._new_folder()
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, script]
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, file]
         with open(folder / "stdout", "wb") as output, open(folder / "stderr", "wb") as errors:
             process = subprocess.Popen(
                 [*command, *hooks, *self.command(output_dir, **options)],
@@ -166,6 +174,14 @@ def read_metrics(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.endswith("per_second")} for line in lines]
 
 
+def read_results(folder: Path) -> dict:
+    """What was measured at the end, without what is measured in time."""
+    results = json.loads((folder / "eval_results.json").read_text())
+    measured = {name: value for name, value in results.items() if name.startswith("eval_")}
+    measured = {name: value for name, value in measured.items() if not name.endswith("per_second")}
+    return {**measured, "sample": results.get("sample"), "best_step": results.get("best_step")}
+
+
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder) if "loss" in line]
 
@@ -175,22 +191,31 @@ def checkpoint_names(folder: Path) -> list[str]:
 
 
 def assert_same_result(folder: Path, expected: Path):
-    """Weights, last checkpoint and metrics are the same, bit for bit."""
+    """Weights, last checkpoint, metrics and results are the same, bit for bit."""
     assert (folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     last = checkpoint_names(expected)[-1]
     assert checkpoint_names(folder)[-1] == last
-    for stem in ("model", "optimizer", "ema"):
-        ours, theirs = (load_file(run / "checkpoints" / last / f"{stem}.safetensors") for run in (folder, expected))
+    for name in sorted(path.name for path in (expected / "checkpoints" / last).glob("*.safetensors")):
+        ours, theirs = (load_file(run / "checkpoints" / last / name) for run in (folder, expected))
         assert ours.keys() == theirs.keys()
-        different = [name for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()]
-        assert not different, f"{stem}: {different}"
+        different = [key for key in ours if ours[key].numpy().tobytes() != theirs[key].numpy().tobytes()]
+        assert not different, f"{name}: {different}"
     assert read_metrics(folder) == read_metrics(expected)
+    assert read_results(folder) == read_results(expected)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a folder but the lock."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def in_a_process(action) -> int:
+    """Runs `action` in a forked process; how that ended: 0, or minus the signal that killed it."""
+    process = multiprocessing.get_context("fork").Process(target=action)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def free_port() -> int:

@@ -112,6 +112,29 @@ def test_fsdp2_resumes_bit_identical(trainers, tmp_path):
     assert_same_result(tmp_path / "run", tmp_path / "expected")
 
 
+@pytest.mark.parametrize(
+    ("environment", "ema_decay"),
+    [
+        pytest.param({}, 0.9, id="DDP"),
+        pytest.param(FSDP2, 0.9, id="FSDP2", marks=pytest.mark.slow),
+        pytest.param(FSDP2, 0.0, id="FSDP2 without average"),
+    ],
+)
+def test_processes_agree_when_to_stop_and_end_with_the_best_weights(trainers, tmp_path, environment, ema_decay):
+    options = {"env": environment, "ema_decay": ema_decay, "eval_every": 3, "patience": 2, "dropout": 0.1}
+    best = ("--best_at", "12")
+    first, second = trainers.run_ranks(tmp_path / "expected", 2, *best, **options)
+    assert "stopped early, after step 18" in first.output and "stopped early" not in second.output
+    assert checkpoint_names(tmp_path / "expected") == ["step-000012", "step-000018"]
+    result = load_file(tmp_path / "expected/model.safetensors")
+    kept = load_file(tmp_path / f"expected/checkpoints/step-000012/{'ema' if ema_decay else 'model'}.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in result.items())
+    runs = trainers.start_ranks(tmp_path / "run", 2, *best, "--fault", "kill:step:14@1", **options)
+    assert all(run.wait() for run in runs)
+    trainers.run_ranks(tmp_path / "run", 2, *best, **options)
+    assert_same_result(tmp_path / "run", tmp_path / "expected")
+
+
 def test_fsdp_version_1_is_refused(trainers, tmp_path):
     env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
     first, second = trainers.run_ranks(tmp_path / "run", 2, env=env, expected=2)

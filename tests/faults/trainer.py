@@ -1,6 +1,6 @@
-"""The process under test: training/train_gpt.py, with a fault that strikes at a place named by the test.
+"""The process under test: a train script, with a fault that strikes at a place named by the test.
 
-    python tests/faults/trainer.py [--fault ACTION:PLACE:N[@RANK]] ... [options of train_gpt.py]
+    python tests/faults/trainer.py [--script train_gpt] [--fault ACTION:PLACE:N[@RANK]] ... [options of the script]
     python tests/faults/trainer.py --serve
 
 The fault strikes before the N-th call (from 1) of a place in PLACES, on one rank or on all. With `--serve` the
@@ -11,6 +11,7 @@ answered by its id, {"wait": id} by its exit status.
 import errno
 import faulthandler
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
-from training import checkpoint, loop, results, text, train_gpt
+from training import checkpoint, loop, processes, results, stream, text, train_gpt
 from training.documents import Corpus, Documents
 
 PLACES = {
@@ -39,7 +40,7 @@ PLACES = {
     "curves": (results, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),
-    "shard": (text, "write_atomic"),
+    "shard": (stream, "write_atomic"),
 }
 
 
@@ -102,7 +103,7 @@ def record_rows(path: str):
     text.TokenRows.rows = recorded
 
 
-def stream(path: str):
+def stream_lines(path: str):
     """Makes the training text a stream of its lines, in shards of few rows."""
 
     def corpus(*_, **__):
@@ -117,8 +118,8 @@ def stream(path: str):
         )
 
     train_gpt.read_documents = corpus
-    initialise = text.StreamedTokens.__init__
-    text.StreamedTokens.__init__ = lambda *args, **options: initialise(*args, **{**options, "rows_per_shard": 16})
+    initialise = stream.StreamedTokens.__init__
+    stream.StreamedTokens.__init__ = lambda *args, **options: initialise(*args, **{**options, "rows_per_shard": 16})
 
 
 def cache(folder: str):
@@ -131,15 +132,36 @@ def compile_with(backend: str):
     torch.compile = functools.partial(torch.compile, backend=backend)
 
 
-HOOKS = {"--fault": arm, "--record": record_rows, "--stream": stream, "--cache": cache, "--compile_with": compile_with}
+def best_at(step: str):
+    """Makes the evaluation after this step the best one for whoever monitors the loss."""
+    compare = loop.compare_with_best
+
+    def compared(best: dict, at: int, results: dict):
+        compare(best, at, {**results, "eval_loss": abs(at - int(step))})
+
+    loop.compare_with_best = compared
+
+
+HOOKS = {
+    "--fault": arm,
+    "--best_at": best_at,
+    "--record": record_rows,
+    "--stream": stream_lines,
+    "--cache": cache,
+    "--compile_with": compile_with,
+}
 
 
 def main(argv: list[str]):
-    while argv and argv[0] in HOOKS:
-        HOOKS[argv[0]](argv[1])
-        argv = argv[2:]
-    sys.argv = ["training/train_gpt.py", *argv]
-    train_gpt.main()
+    script = "train_gpt"
+    while argv and argv[0] in {"--script", *HOOKS}:
+        name, value, *argv = argv
+        if name == "--script":
+            script = value
+        else:
+            HOOKS[name](value)
+    sys.argv = [f"training/{script}.py", *argv]
+    importlib.import_module(f"training.{script}").main()
 
 
 def serve():
@@ -170,7 +192,7 @@ def run_in_child(argv: list[str], env: dict[str, str], folder: str):
     for descriptor, name in enumerate(["/dev/null", f"{folder}/stdout", f"{folder}/stderr"]):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
     os.environ.update(env)
-    loop.LAUNCHER = os.getppid()
+    processes.LAUNCHER = os.getppid()
     faulthandler.enable()
     code = 0
     try:

@@ -77,6 +77,8 @@ def test_the_output_folder_is_named_after_the_recipe_or_the_script(tmp_path, mon
         (["--max_steps", "0"], "max_steps must be at least 1, not 0"),
         (["--learning_rate", "nan"], "learning_rate must be above 0, not nan"),
         (["--ema_decay", "1"], "ema_decay must be at least 0 and below 1"),
+        (["--layer_decay", "1.1"], "layer_decay must be above 0 and at most 1, not 1.1"),
+        (["--patience", "-1"], "patience must be at least 0, not -1"),
         (["--cooldown_steps", "10"], "cooldown_steps belongs to schedule 'constant'"),
         (["--push_to_hub"], "push_to_hub needs hub_model_id"),
     ],

@@ -3,7 +3,6 @@
 import copy
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from tests.faults.processes import in_a_process
 from training import checkpoint as module
 from training import files
 from training.checkpoint import (
@@ -99,6 +99,16 @@ def test_tied_overlapping_and_transposed_tensors_are_restored(checkpoints):
 def test_only_the_newest_are_kept(checkpoints):
     checkpoints.save(60, some_tensors(60), {})
     assert names(checkpoints.folder) == ["step-000040", "step-000060"]
+
+
+def test_the_best_is_kept_beside_the_newest_until_there_is_a_better_one(checkpoints):
+    for step, best in ((60, 20), (80, 20), (100, 20)):
+        checkpoints.save(step, some_tensors(step), {}, best=best)
+    assert names(checkpoints.folder) == ["step-000020", "step-000080", "step-000100"]
+    Checkpoints(checkpoints.folder).save(120, some_tensors(120), {}, best=120)
+    assert names(checkpoints.folder) == ["step-000100", "step-000120"]
+    Checkpoints(checkpoints.folder, keep=1).save(140, some_tensors(140), {}, best=120)
+    assert names(checkpoints.folder) == ["step-000120", "step-000140"]
 
 
 def test_no_checkpoint_at_all_is_no_error(tmp_path):
@@ -206,14 +216,6 @@ def test_a_full_disk_at_every_write_keeps_the_checkpoints_before(checkpoints, mo
     assert {"step-000020", "step-000040"} <= set(names(checkpoints.folder))
     checkpoints.save(60, some_tensors(60), {})  # there is room again
     assert checkpoints.newest_verified()[0].name == "step-000060"
-
-
-def in_a_process(action) -> int:
-    """Run `action` in a forked process; how that ended: 0, or minus the signal that killed it."""
-    process = multiprocessing.get_context("fork").Process(target=action)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 def test_a_really_full_disk_is_reported_in_one_line(checkpoints):
@@ -497,6 +499,17 @@ def test_a_parameter_without_gradient_stays_without_optimizer_state():
     tensors, _ = gather_training_state(model, optimizers)
     assert not any(name.startswith("unused") for name in tensors["optimizer"])
     assert model.unused.weight not in optimizers[0].state
+
+
+def test_without_optimizers_only_the_weights_are_put_back(tmp_path):
+    model, optimizers = create(0, muon=False)
+    train(model, optimizers, range(3))
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(3, *gather_training_state(model, optimizers))
+    other, others = create(1, muon=False)
+    restore_training_state(other, [], checkpoints.load(path))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    assert not others[0].state
 
 
 def test_other_optimizer_groups_are_refused(tmp_path):

@@ -1,32 +1,43 @@
-"""What the loop promises about a step: the same whoever shares the work, the same seed everywhere, exact sums."""
+"""What the loop promises about a step: the same whoever shares the work, the same seed everywhere, exact sums; and
+about a run: what it logs, and the weights of which evaluation it ends with."""
 
 import json
+import math
+import os
+import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.faults.conftest import trainers  # noqa: F401
-from tests.faults.processes import losses
+from tests.faults.processes import checkpoint_names, files, in_a_process, losses, read_metrics
+from training import loop, resume
 from training.arguments import RunArguments
-from training.loop import identify, micro_batches, seed_from, speed_up_cpu_matmul
+from training.checkpoint import Checkpoints
+from training.loop import count, identify, seed_from, train
+from training.processes import micro_batches, speed_up_cpu_matmul
 from training.results import MetricsLog
 
 FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema_decay": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "layouts"),
+    ("script", "optimizer", "layouts"),
     [
-        ("muon", [(1, 2), (2, 4), (2, 1)]),
-        pytest.param("adamw", [(1, 2), (2, 4), (2, 1), (4, 2), (4, 1)], marks=pytest.mark.slow),
-        pytest.param("muon", [(4, 2), (4, 1)], marks=pytest.mark.slow),
+        ("train_gpt", "muon", [(1, 2), (2, 4), (2, 1)]),
+        ("train_bert", "muon", [(2, 2)]),
+        ("finetune_bert", "adamw", [(2, 2)]),
+        pytest.param("train_gpt", "adamw", [(1, 2), (2, 4), (2, 1), (4, 2), (4, 1)], marks=pytest.mark.slow),
+        pytest.param("train_gpt", "muon", [(4, 2), (4, 1)], marks=pytest.mark.slow),
     ],
 )
-def test_fifty_steps_have_the_same_losses_however_the_batch_is_shared(trainers, tmp_path, optimizer, layouts):  # noqa: F811
+def test_fifty_steps_have_the_same_losses_however_the_batch_is_shared(trainers, tmp_path, script, optimizer, layouts):  # noqa: F811
     def train(processes: int, micro_batch_size: int) -> list[float]:
         folder = tmp_path / f"{processes}-{micro_batch_size}"
-        options = {**FIFTY, "optimizer": optimizer, "micro_batch_size": micro_batch_size}
+        options = {**FIFTY, "script": script, "optimizer": optimizer, "micro_batch_size": micro_batch_size}
         if processes == 1:
             trainers.run(folder, **options)
         else:
@@ -84,18 +95,262 @@ def test_the_log_of_a_resumed_run_keeps_what_came_before_and_cuts_what_comes_aft
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "lo')  # torn by a kill
     accelerator = SimpleNamespace(is_main_process=True, log=lambda *_, **__: None)
-    progress = {"step": 4, "seconds": 1.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_items": 0, "num_steps": 0}
-    log = MetricsLog(accelerator, RunArguments(max_steps=6), tmp_path, progress)
+    progress = {"step": 4, "seconds": 1.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_units": 0, "num_steps": 0}
+    log = MetricsLog(accelerator, RunArguments(max_steps=6, global_batch_size=2), tmp_path, progress, "tokens", 8)
     assert path.read_text() == "".join(lines[:2])
     log.add(1.0, 10, 0.5)
     progress["step"] = 5
     log.add(2.0, 10, 0.5)
-    log.write_training(0.1, None, "tokens")
+    log.write_training(0.1, None)
     log.close()
     assert json.loads(path.read_text().splitlines()[-1]) == {
         "step": 5,
         "loss": 1.5,
         "learning_rate": 0.1,
         "tokens_per_second": 20.0,
+        "fill": 20 / (2 * 2 * 8),
     }
     assert progress == {**progress, "seconds": 1.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_steps": 0}
+
+
+# ---- a small training, in this process ----
+
+
+class Line(torch.nn.Module):
+    """y = weight x, whose loss is a sum of squared errors over what it is divided by."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, num_items_in_batch):
+        terms = num_items_in_batch if isinstance(num_items_in_batch, dict) else {"loss": num_items_in_batch}
+        assert all(divisor.dtype == torch.float32 and divisor.ndim == 0 for divisor in terms.values())
+        return SimpleNamespace(loss=sum(((self.weight - 3) * x).pow(2).sum() / divisor for divisor in terms.values()))
+
+
+class Points:
+    """Two points in each step, and how often they count."""
+
+    def __init__(self, num_items=len):
+        self.step, self.num_items = 0, lambda batch: num_items(batch["x"])
+
+    def batch(self, step, positions):
+        self.step = step + 1
+        return {"x": torch.tensor([1.0 + step % 3 + position for position in positions])}
+
+    def num_units(self, batch):
+        return int(batch["x"].sum())
+
+    def external_files(self):
+        return {}
+
+
+SCORES = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 12: 0.6}  # the best is that of step 4
+OPTIONS = {"max_steps": 12, "global_batch_size": 2, "log_every": 3, "eval_every": 2, "save_every": 3}
+OPTIONS |= {"learning_rate": 0.05, "warmup_steps": 0, "weight_decay": 0.0, "keep_checkpoints": 1, "ema_decay": 0.9}
+
+
+def train_line(folder, scores=SCORES, monitor="eval_score", measured=None, data=None, **options):
+    """Results and weight of a training in which the evaluation after step n measures `scores[n]`."""
+    data = data or Points()
+    measured = measured or monitor or "eval_score"
+
+    def evaluate(model):
+        return {measured: scores.get(data.step, 0.0), "eval_weight": model.weight.item()}
+
+    args = RunArguments(output_dir=str(folder), **{**OPTIONS, **options})
+    model, results = train(
+        args, Accelerator(cpu=True), Line(), data, evaluate, {}, unit="units", row_length=10, monitor=monitor
+    )
+    del results["wall_time_seconds"]
+    return results, model.weight.item()
+
+
+def evaluations(folder) -> dict[int, float]:
+    """The weight that each evaluation saw."""
+    return {line["step"]: line["eval_weight"] for line in read_metrics(folder) if "eval_weight" in line}
+
+
+# ---- what a loss is divided by ----
+
+
+def test_each_term_of_a_loss_is_divided_by_its_count_over_all_micro_batches_and_by_1_where_nothing_counts():
+    data = SimpleNamespace(num_items=lambda batch: batch["counts"], num_units=lambda batch: 5)
+    one_process = SimpleNamespace(num_processes=1, device="cpu")
+    batches = [{"counts": {"masked": 3, "pairs": 0.5, "none": 0}}, {"counts": {"masked": 4, "pairs": 1, "none": 0}}]
+    divisors, num_units = count(one_process, data, batches)
+    assert divisors == {"masked": 7, "pairs": 1.5, "none": 1} and num_units == 10
+    divisor, _ = count(one_process, data, [{"counts": 3}, {"counts": 4}])
+    assert divisor == 7 and divisor.dtype == torch.float32 and divisor.ndim == 0
+    assert count(one_process, data, [{"counts": 0}])[0] == 1
+
+
+def test_terms_with_a_divisor_each_add_up(tmp_path):
+    plain, _ = train_line(tmp_path / "plain")
+    two_terms, _ = train_line(tmp_path / "two", data=Points(lambda x: {"a": 2 * len(x), "b": 2 * len(x)}))
+    assert two_terms == plain
+    assert losses(tmp_path / "two") == losses(tmp_path / "plain")
+
+
+def test_a_step_in_which_nothing_is_scored_has_loss_0_and_moves_nothing(tmp_path):
+    data = Points(lambda x: 0)
+    data.batch = lambda step, positions: {"x": torch.zeros(len(positions))}
+    _, weight = train_line(tmp_path / "run", monitor=None, data=data)
+    assert weight == 0 and losses(tmp_path / "run") == [0.0] * 4
+
+
+def test_fill_is_the_used_part_of_the_room_in_a_row(tmp_path):
+    train_line(tmp_path / "run", max_steps=4)
+    lines = [line["fill"] for line in read_metrics(tmp_path / "run") if "fill" in line]
+    assert lines == [(3 + 5 + 7) / (3 * 2 * 10), 3 / (2 * 10)]
+
+
+# ---- the best evaluation ----
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize(("monitor", "best"), [("eval_score", 4), ("eval_loss", 2), ("eval_perplexity", 2)])
+def test_with_a_monitor_the_result_has_the_weights_and_values_of_the_best_evaluation(
+    tmp_path, capsys, monitor, best, ema_decay
+):
+    results, weight = train_line(tmp_path, monitor=monitor, ema_decay=ema_decay)
+    assert results == {monitor: SCORES[best], "eval_weight": weight, "best_step": best}
+    assert weight == evaluations(tmp_path)[best] != evaluations(tmp_path)[12]
+    assert f"the result has the weights of step {best}, the best by {monitor}" in capsys.readouterr().out
+    assert checkpoint_names(tmp_path) == [f"step-{best:06d}", "step-000012"]
+    results, weight = train_line(tmp_path / "without", monitor=None, ema_decay=ema_decay)
+    assert results == {"eval_score": SCORES[12], "eval_weight": weight}
+
+
+def test_patience_ends_the_training_after_evaluations_that_were_no_better(tmp_path, capsys):
+    expected = train_line(tmp_path / "run", patience=3)
+    assert expected[0]["best_step"] == 4
+    assert list(evaluations(tmp_path / "run")) == [2, 4, 6, 8, 10]
+    assert "stopped early, after step 10: 3 evaluations had no better eval_score" in capsys.readouterr().out
+    before = files(tmp_path / "run")
+    data = Points()
+    assert train_line(tmp_path / "run", patience=3, data=data) == expected
+    assert data.step == 0 and files(tmp_path / "run") == before
+    assert train_line(tmp_path / "run", patience=4)[0]["best_step"] == 4  # more patience: it goes on
+    assert list(evaluations(tmp_path / "run")) == [2, 4, 6, 8, 10, 12]
+
+
+def test_patience_counts_only_evaluations_in_a_row(tmp_path):
+    results, _ = train_line(tmp_path, scores={2: 0.5, 4: 0.4, 6: 0.6, 8: 0.5, 10: 0.7, 12: 0.1}, patience=2)
+    assert list(evaluations(tmp_path)) == [2, 4, 6, 8, 10, 12] and results["best_step"] == 10
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, capsys):
+    assert train_line(tmp_path / "some", scores={2: math.nan, 4: 0.1, 6: math.nan}, max_steps=6)[0]["best_step"] == 4
+    results, weight = train_line(tmp_path / "all", scores=dict.fromkeys(SCORES, math.nan), patience=2)
+    assert "best_step" not in results and results["eval_weight"] == weight
+    assert "the result has the last weights, those of step 4: there are no best ones" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("measured", "options", "said"),
+    [
+        ("eval_loss", {}, "error: monitor: 'eval_score' is not measured, only eval_loss, eval_weight"),
+        ("eval_score", {"monitor": None, "patience": 2}, "error: patience waits for a better evaluation"),
+    ],
+)
+def test_a_monitor_that_is_not_measured_and_patience_without_one_are_refused(tmp_path, capsys, measured, options, said):
+    with pytest.raises(SystemExit) as ended:
+        train_line(tmp_path, measured=measured, **options)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_was_best_by_another_measure_does_not_count(tmp_path):
+    train_line(tmp_path, max_steps=6, schedule="constant")
+    results, _ = train_line(tmp_path, monitor="eval_other", scores={8: 0.1, 10: 0.2, 12: 0.0}, schedule="constant")
+    assert results["best_step"] == 10 and results["eval_other"] == 0.2
+    assert checkpoint_names(tmp_path) == ["step-000010", "step-000012"]
+
+
+def kill_at(call: int, owner, name: str):
+    """The process ends without a word before the call of this number."""
+    function, calls = getattr(owner, name), iter(range(1, 10_000))
+
+    def counted(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+MOMENTS = {
+    "a step": (loop, "accumulate_gradients"),
+    "the comparison, after the evaluation was logged": (loop, "compare_with_best"),
+    "a save": (loop, "gather_training_state"),
+    "a write to disk": (os, "fsync"),
+    "the rename that makes a checkpoint stand": (os, "rename"),
+    "a rotation": (Checkpoints, "_rotate"),
+    "the way back to the best": (loop, "return_to_best"),
+    "its loading": (resume, "restore"),
+}
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=[pytest.mark.slow] * ("write" in moment)) for moment in MOMENTS]
+)
+def test_killed_before_each_such_moment_and_repeated_the_best_is_the_same(tmp_path, moment):
+    expected = train_line(tmp_path / "expected", patience=3)
+    for number in range(1, 1000):
+        run = tmp_path / str(number)
+
+        def killed():
+            kill_at(number, *MOMENTS[moment])  # noqa: B023
+            train_line(run, patience=3)  # noqa: B023
+
+        was_killed = in_a_process(killed) == -signal.SIGKILL
+        assert train_line(run, patience=3) == expected
+        assert read_metrics(run) == read_metrics(tmp_path / "expected")
+        assert {"step-000004", "step-000010"} <= set(checkpoint_names(run))
+        if not was_killed:
+            break
+    assert number > 1, "it was never killed"
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "damaged": (lambda path: flip_a_bit(path / "ema.safetensors"), "wrong sha256"),
+    "gone": (shutil.rmtree, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_lost_best_checkpoint_is_named_and_the_best_of_what_follows_takes_its_place(tmp_path, capsys, damage):
+    do, said = DAMAGE[damage]
+    train_line(tmp_path, max_steps=6, schedule="constant")
+    do(tmp_path / "checkpoints/step-000004")
+    results, weight = train_line(tmp_path, schedule="constant")
+    assert "lost the best weights so far, those of step-000004: " in (out := capsys.readouterr().out) and said in out
+    assert results["best_step"] == 8 and weight == evaluations(tmp_path)[8]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_no_best_checkpoint_stands_at_the_end_the_last_weights_are_the_result_and_it_says_so(
+    tmp_path, capsys, damage
+):
+    do, said = DAMAGE[damage]
+
+    class Damaging(Points):
+        def batch(self, step, positions):
+            if step == 11:
+                do(tmp_path / "run/checkpoints/step-000004")
+            return super().batch(step, positions)
+
+    results, weight = train_line(tmp_path / "run", data=Damaging())
+    assert results == {"eval_score": SCORES[12], "eval_weight": weight}
+    out = capsys.readouterr().out
+    assert said in out and "the result has the last weights, those of step 12" in out
+    again, weight_again = train_line(tmp_path / "run")  # a finished run, repeated: measured again
+    assert weight_again == weight and "best_step" not in again
+    assert "the result has the last weights, those of step 12" in capsys.readouterr().out

@@ -2,9 +2,21 @@ import gc
 import math
 import os
 
+import numpy as np
 import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
 
-from training.metrics import LanguageModeling, load_metric
+from training.metrics import (
+    Classification,
+    Entities,
+    LanguageModeling,
+    QuestionAnswering,
+    Regression,
+    entities,
+    load_metric,
+    normalised_words,
+)
 
 
 def test_sums_over_batches_give_the_loss_of_the_whole():
@@ -35,3 +47,108 @@ def test_the_metric_writes_to_no_folder_but_its_own(tmp_path, monkeypatch):
     del metric
     gc.collect()
     assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_classification_agrees_with_scikit_learn(num_labels):
+    predictions, references = np.random.default_rng(0).integers(0, num_labels, (2, 200))
+    result = load_metric(Classification).compute(predictions=predictions, references=references, num_labels=num_labels)
+    assert result["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(references, predictions))
+    assert result["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(references, predictions, average="macro"))
+    assert result["matthews_correlation"] == pytest.approx(sklearn_metrics.matthews_corrcoef(references, predictions))
+    assert ("f1" in result) == (num_labels == 2)
+    if num_labels == 2:
+        assert result["f1"] == pytest.approx(sklearn_metrics.f1_score(references, predictions))
+
+
+def test_f1_and_matthews_correlation_by_hand():
+    """2 true positives, 1 false positive, 1 false negative, 4 true negatives."""
+    result = load_metric(Classification).compute(
+        predictions=[1, 1, 1, 0, 0, 0, 0, 0], references=[1, 1, 0, 1, 0, 0, 0, 0], num_labels=2
+    )
+    assert result["f1"] == pytest.approx(2 / 3)
+    assert result["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert result["matthews_correlation"] == pytest.approx((2 * 4 - 1) / math.sqrt(3 * 3 * 5 * 5))
+
+
+def test_a_classifier_that_always_says_the_same_has_no_correlation():
+    result = load_metric(Classification).compute(predictions=[0, 0, 0], references=[0, 1, 0], num_labels=2)
+    assert result == {"accuracy": pytest.approx(2 / 3), "f1": 0.0, "macro_f1": 0.4, "matthews_correlation": 0.0}
+
+
+def test_regression_agrees_with_scipy():
+    predictions, references = np.random.default_rng(0).normal(size=(2, 50))
+    result = load_metric(Regression).compute(predictions=predictions, references=references)
+    assert result["pearson"] == pytest.approx(stats.pearsonr(predictions, references).statistic)
+    assert result["spearman"] == pytest.approx(stats.spearmanr(predictions, references).statistic)
+    assert result["mean_squared_error"] == pytest.approx(((predictions - references) ** 2).mean())
+
+
+@pytest.mark.parametrize("predictions", [[1.0, 1.0, 1.0], [2.5]])
+def test_nothing_correlates_with_a_constant(predictions):
+    references = [1.0, 2.0, 3.0][: len(predictions)]
+    result = load_metric(Regression).compute(predictions=predictions, references=references)
+    assert result["pearson"] == result["spearman"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, exact, f1",
+    [
+        ("The Eiffel  Tower!", ["eiffel tower"], 1, 1),
+        ("Eiffel Tower in Paris", ["the tower", "tower of Paris"], 0, 4 / 7),  # the better of 2/5 and 4/7
+        ("red red blue", ["red blue blue"], 0, 2 / 3),  # a word counts as often as both have it
+        ("something", [], 0, 0),
+        ("", [], 1, 1),
+        ("", ["something"], 0, 0),
+        ("the", ["an"], 1, 1),  # nothing but articles
+    ],
+)
+def test_answers_are_compared_as_squad_does(prediction, answers, exact, f1):
+    result = load_metric(QuestionAnswering).compute(predictions=[prediction], references=[answers])
+    assert (result["exact_match"], result["f1"]) == (exact, pytest.approx(f1))
+
+
+def test_answers_are_compared_without_articles_inside_words():
+    assert normalised_words("An anthem, a theatre; the U.S.") == ["anthem", "theatre", "us"]
+
+
+def test_questions_without_an_answer_are_also_reported_apart():
+    result = load_metric(QuestionAnswering).compute(
+        predictions=["", "x", "a cat", ""], references=[[], [], ["cat"], ["dog"]]
+    )
+    assert result == {
+        "exact_match": 0.5,
+        "f1": 0.5,
+        "no_answer_accuracy": 0.5,
+        "answerable_exact_match": 0.5,
+        "answerable_f1": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        ("O B-PER I-PER O B-LOC", {("PER", 1, 3), ("LOC", 4, 5)}),
+        ("B-PER B-PER I-PER", {("PER", 0, 1), ("PER", 1, 3)}),  # side by side
+        ("I-PER I-PER O", {("PER", 0, 2)}),  # IOB1
+        ("B-PER I-LOC I-LOC", {("PER", 0, 1), ("LOC", 1, 3)}),  # another type begins another entity
+        ("B-date-range I-date-range", {("date-range", 0, 2)}),
+        ("NN VB -X B", {("", 3, 4)}),  # of tags without a type only B and I are entities
+        ("", set()),
+    ],
+)
+def test_tags_are_entities_as_conlleval_counts_them(tags, expected):
+    assert entities(tags.split()) == expected
+
+
+def test_entities_count_only_if_type_and_borders_are_right():
+    result = load_metric(Entities).compute(
+        predictions=[["B-PER", "I-PER", "O"], ["B-LOC", "O", "B-ORG"], []],
+        references=[["B-PER", "I-PER", "O"], ["B-LOC", "I-LOC", "B-PER"], []],
+    )
+    assert result == {"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3, "accuracy": 4 / 6}
+
+
+def test_without_entities_every_measure_is_zero():
+    result = load_metric(Entities).compute(predictions=[["O", "O"]], references=[["O", "O"]])
+    assert result == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 1.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from training.optim import EMA, Muon, create_optimizers, learning_rate_factor, named_parameters, orthogonalise
 
@@ -75,19 +76,50 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(model):
     assert all(group["initial_lr"] == 0.01 and group["fused"] for group in adamw.param_groups)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layer_decay_lowers_the_rate_from_each_layer_to_the_one_below(model, name):
+    model.pooler = nn.Linear(8, 8)
+    optimizers = create_optimizers(model, optimizer=name, layer_decay=0.5, matrix_learning_rate=0.02, **OPTIONS)
+    rates = {
+        id(parameter): group["initial_lr"]
+        for one in optimizers
+        for group in one.param_groups
+        for parameter in group["params"]
+        if group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0)
+    }
+    matrix_rate = 0.02 if name == "muon" else 0.01
+    assert {name: rates[id(parameter)] for name, parameter in named_parameters(model).items()} == {
+        "embed_tokens.weight": 0.01 / 8,  # tied to the head: where it comes first counts
+        "layers.0.0.weight": matrix_rate / 4,
+        **dict.fromkeys(["layers.0.0.bias", "layers.0.1.weight", "layers.0.1.bias"], 0.01 / 4),
+        "layers.1.0.weight": matrix_rate / 2,
+        **dict.fromkeys(["layers.1.0.bias", "layers.1.1.weight", "layers.1.1.bias"], 0.01 / 2),
+        "pooler.weight": 0.01,
+        "pooler.bias": 0.01,
+    }
+
+
+def test_layer_decay_counts_frozen_layers_too(model):
+    model.layers[1].requires_grad_(False)
+    (optimizer,) = create_optimizers(model, optimizer="adamw", layer_decay=0.5, **OPTIONS)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01 / 8, 0.01 / 4}
+
+
 def test_models_and_names_that_no_optimizer_fits_are_refused(model):
     with pytest.raises(ValueError, match="'adamw' or 'muon', not 'sgd'"):
         create_optimizers(model, optimizer="sgd", **OPTIONS)
     with pytest.raises(ValueError, match=r"no trainable matrix under `layers\.`"):
         create_optimizers(nn.Linear(2, 2), optimizer="muon", **OPTIONS)
+    with pytest.raises(ValueError, match=r"layer_decay finds no parameter under `layers\.`"):
+        create_optimizers(nn.Linear(2, 2), optimizer="adamw", layer_decay=0.9, **OPTIONS)
     with pytest.raises(ValueError, match="no trainable parameter"):
         create_optimizers(nn.Linear(2, 2).requires_grad_(False), optimizer="adamw", **OPTIONS)
 
 
 def test_names_carry_no_wrapper(model):
-    wrapped = nn.Module()
-    wrapped.module = torch.compile(model)
-    assert named_parameters(wrapped).keys() == named_parameters(model).keys()
+    expected = named_parameters(model).keys()
+    model.layers[1] = torch.compile(checkpoint_wrapper(model.layers[1]))
+    assert named_parameters(torch.compile(model)).keys() == expected
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 16), (1, 16, 24), (3, 12, 12)])
@@ -122,9 +154,11 @@ def test_muon_is_torchs_muon_up_to_bfloat16():
     torch.testing.assert_close(ours_state, theirs_state)
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_training_step_lowers_the_loss_and_state_is_restored_exactly(model, name):
-    optimizers = create_optimizers(model, optimizer=name, **OPTIONS)
+def test_a_training_step_lowers_the_loss_and_state_is_restored_exactly(model, name, layer_decay):
+    options = {**OPTIONS, "optimizer": name, "layer_decay": layer_decay}
+    optimizers = create_optimizers(model, **options)
     train_step(model, optimizers)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     states = [optimizer.state_dict() for optimizer in optimizers]
@@ -133,7 +167,7 @@ def test_a_training_step_lowers_the_loss_and_state_is_restored_exactly(model, na
 
     again = Model()
     again.load_state_dict(weights)
-    optimizers = create_optimizers(again, optimizer=name, **OPTIONS)
+    optimizers = create_optimizers(again, **options)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
     train_step(again, optimizers)
