@@ -19,16 +19,34 @@ PUBLISHED = ["README.md", "*.safetensors", "*.json", "*.py", "*.txt", "*.jinja",
 PRIVATE = ["*/*", "optimizer*", "*.lock"]  # "*/*": anything in a subfolder
 
 # For each task, how the result of `pipeline(task)` is used: the last line of a snippet.
-USES = {"text-generation": 'print(generate("The ", max_new_tokens=50)[0]["generated_text"])'}
+USES = {
+    "text-generation": 'print(generate("The ", max_new_tokens=50)[0]["generated_text"])',
+    "fill-mask": 'print(fill(f"This is the {fill.tokenizer.mask_token} of the story.")[0]["sequence"])',
+    "text-classification": 'print(classify("A pleasure from the first page to the last."))',
+    "text-pair-classification": 'print(classify({"text": "It is raining.", "text_pair": "The streets are dry."}))',
+    "token-classification": 'print(tag("Ada Lovelace was born in London.", aggregation_strategy="first"))',
+    "question-answering": 'print(model.answer(tokenizer, "Who was born?", "Ada was born in London.")[0].text)',
+}
+# The Hub's name of a task, where it has no finer one.
+PIPELINES = {"text-pair-classification": "text-classification"}
 
 
 def snippet(source: str | Path, task: str = "text-generation") -> str:
-    """Three lines of Python that load the checkpoint `source`, a folder or Hub name, and use it."""
+    """A few lines of Python that load the checkpoint `source`, a folder or Hub name, and use it."""
     if task not in USES:
         raise ValueError(f"no snippet for task {task!r}, only for {', '.join(USES)}")
-    variable = USES[task].removeprefix("print(").split("(")[0]
-    load = f"{variable} = pipeline({_quote(task)}, model={_quote(source)}, trust_remote_code=True)"
-    return "\n".join(["from transformers import pipeline", load, USES[task]])
+    where = f"{_quote(source)}, trust_remote_code=True"
+    if task == "question-answering":  # transformers 5 has no such pipeline
+        lines = [
+            "from transformers import AutoModelForQuestionAnswering, AutoTokenizer",
+            f"model = AutoModelForQuestionAnswering.from_pretrained({where})",
+            f"tokenizer = AutoTokenizer.from_pretrained({where})",
+        ]
+    else:
+        variable = USES[task].removeprefix("print(").split("(")[0]
+        load = f"{variable} = pipeline({_quote(PIPELINES.get(task, task))}, model={where})"
+        lines = ["from transformers import pipeline", load]
+    return "\n".join([*lines, USES[task]])
 
 
 def write_card(output_dir: str | Path, source: str | None = None) -> Path:
@@ -134,13 +152,13 @@ def _card_header(results: dict, task: str) -> ModelCardData:
     data = results.get("data", {}).get("source", "unknown")
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=PIPELINES.get(task, task),
         license=results.get("license", "apache-2.0"),
         tags=[tag for tag in ("hf_models", results.get("family")) if tag],
         model_name=results["model_name"],
         eval_results=[
             EvalResult(
-                task_type=task,
+                task_type=PIPELINES.get(task, task),
                 dataset_type=data,
                 dataset_name=data,
                 metric_type=name.replace(" ", "_"),

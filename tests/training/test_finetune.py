@@ -1,0 +1,359 @@
+"""Fine-tuning from end to end: every task, every kind of model, what a run leaves, what it refuses."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_models
+from tests.training.test_tasks import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
+from training import finetune_bert, loop
+from training.arguments import parse_arguments
+from training.finetune_bert import FineTuningArguments, LabelledRows
+from training.task_models import end_texts
+from training.tasks import BENCHMARKS
+
+REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("finetune-*.yaml"))
+
+needs_real_data = pytest.mark.skipif(
+    not REAL_DATA.exists(), reason="HF_MODELS_TEST_DATA does not name a folder with hf_fixtures"
+)
+
+# Large first weights: a tiny model then learns by heart in seconds.
+TINY = "hidden_size=64,num_attention_heads=2,intermediate_size=128,norm_position=pre,initializer_range=0.1"
+FAST = ["--model", "bert-tiny", "--config", TINY, "--vocab_size", "1000", "--max_length", "128", "--weight_decay", "0"]
+FAST += ["--learning_rate", "3e-3", "--warmup_steps", "10", "--global_batch_size", "16"]
+
+SENTIMENT = [(f"{how} {what}", "good" if how in ("fine", "great") else "bad")
+             for how in ("fine", "great", "poor", "dull") for what in ("day", "film", "book")]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A small file for each task."""
+    return {
+        "classify": write_csv(tmp_path / "reviews.csv", SENTIMENT),
+        "pair": write_json(tmp_path / "pairs.json", PAIRS),
+        "regress": write_json(tmp_path / "numbers.json", PAIRS),
+        "tag": write_json(tmp_path / "tagged.json", TAGGED),
+        "qa": write_json(tmp_path / "questions.json", {"version": "2.0", "data": [
+            *QUESTIONS, {**QUESTIONS[0], "question": "Which river?", "answers": {"text": [], "answer_start": []}}
+        ]}),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def finetune(tmp_path, monkeypatch):
+    """Runs the script in this process and returns its results; by default it validates on what it trains on."""
+
+    def finetune(task, path, *options, folder="run", validation_data="the same"):
+        output_dir = tmp_path / folder
+        argv = ["--task", task, "--data", path, *FAST]
+        if validation_data is not None:
+            argv += ["--validation_data", path if validation_data == "the same" else validation_data]
+        argv += ["--output_dir", output_dir, "--max_steps", "40", *options]
+        monkeypatch.setattr(sys, "argv", ["training/finetune_bert.py", *map(str, argv)])
+        finetune_bert.main()
+        return json.loads((output_dir / "eval_results.json").read_text())
+
+    return finetune
+
+
+MEASURE = {"classify": "accuracy", "pair": "accuracy", "regress": "pearson", "tag": "f1", "qa": "exact_match"}
+
+
+# ----------------------------------------------------------------------------------------------------- every task
+
+
+@pytest.mark.parametrize("task", MEASURE)
+def test_a_task_is_learnt_and_its_snippet_runs(finetune, data, task, tmp_path):
+    results = finetune(task, data[task], "--max_steps", "60")
+    assert results[f"eval_{MEASURE[task]}"] >= 0.95
+    assert "eval_loss" in results and "->" in results["sample"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert results["snippet"] in card
+    header = card.split("---")[1]
+    assert {"regress": "text-classification", "pair": "text-classification"}.get(task, results["task"]) in header
+    CHECKS[task](*run_snippet(results["snippet"]), hf_models.ZooBertConfig.from_pretrained(tmp_path / "run"))
+
+
+def run_snippet(snippet: str) -> tuple[str, dict]:
+    """What it prints, and the names it sets."""
+    names: dict = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(snippet, names)
+    return printed.getvalue(), names
+
+
+def check_classes(names):
+    def check(printed, variables, config):
+        assert config.id2label == dict(enumerate(names))
+        assert config.label2id == {name: number for number, name in enumerate(names)}
+        assert any(repr(name) in printed for name in names)
+
+    return check
+
+
+def check_number(printed, variables, config):
+    assert config.problem_type == "regression" and config.num_labels == 1 and "'label'" in printed
+    rain = {"text": "rain", "text_pair": "wet"}  # not squeezed between 0 and 1, where the score of a class would be
+    assert variables["classify"](rain, function_to_apply="none") == variables["classify"](rain)
+
+
+def check_entities(printed, variables, config):
+    assert config.id2label == {0: "B-LOC", 1: "B-PER", 2: "I-PER", 3: "O"}
+    found = variables["tag"]("Ada Lovelace met Bob", aggregation_strategy="first")
+    assert [(entity["entity_group"], entity["word"]) for entity in found] == [("PER", "ada lovelace"), ("PER", "bob")]
+
+
+def check_answers(printed, variables, config):
+    model, tokenizer = variables["model"], variables["tokenizer"]
+    assert model.answer(tokenizer, "When?", CONTEXT)[0].text == "1843"
+    assert model.answer(tokenizer, "Which river?", CONTEXT)[0].text == ""  # the config knows that there may be none
+
+
+CHECKS = {
+    "classify": check_classes(["bad", "good"]),
+    "pair": check_classes(["0", "1"]),
+    "regress": check_number,
+    "tag": check_entities,
+    "qa": check_answers,
+}
+
+
+FIXTURES = {
+    "classify": ["MRPC/train.csv", "--text_column", "sentence2"],
+    "pair": ["MRPC/train.csv"],
+    "regress": ["STS-B/train.tsv"],
+    "tag": ["conll/sample.json"],
+    "qa": ["SQUAD/sample.json"],
+}
+
+
+@needs_real_data
+@pytest.mark.parametrize("task", FIXTURES)
+def test_real_samples_are_learnt_by_heart(finetune, task):
+    name, *options = FIXTURES[task]
+    results = finetune(task, REAL_DATA / name, *options, "--max_steps", "125", "--eval_every", "25")
+    assert results[f"eval_{MEASURE[task]}"] >= 0.95
+
+
+@needs_real_data
+def test_real_folders_and_columns_are_read(finetune):
+    assert (
+        finetune("regress", REAL_DATA / "STS-B", "--max_steps", "2", validation_data=None)["data"]["source"] == "STS-B"
+    )
+    tags = (REAL_DATA / "GermEval" / "labels.txt").read_text().split()
+    options = ["--label_names", ",".join(tags), "--max_steps", "2"]
+    assert finetune("tag", REAL_DATA / "GermEval", *options, folder="tags", validation_data=None)["eval_recall"] < 1
+    columns = ["--text_column", "#1 String", "--pair_column", "#2 String", "--label_column", "Quality"]
+    finetune("pair", REAL_DATA / "MRPC" / "train.tsv", *columns, "--max_steps", "2", folder="columns")
+
+
+# ------------------------------------------------------------------------------------------- models to start from
+
+
+@pytest.fixture
+def gpt(tmp_path, tokenizer):
+    """A folder with a stock GPT-2 and a tokenizer that has no padding token."""
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    return tmp_path / "gpt"
+
+
+@pytest.mark.parametrize("task", ["classify", "pair", "regress"])
+def test_a_gpt_is_fine_tuned_with_the_same_script(finetune, data, gpt, task, tmp_path):
+    results = finetune(task, data[task], "--model", gpt, "--config", "", "--max_steps", "80")
+    assert results["family"] == "ZooGPTForSequenceClassification"
+    assert results[f"eval_{MEASURE[task]}"] >= 0.9
+    assert "score" in run_snippet(results["snippet"])[0]
+    again = finetune(task, data[task], "--model", tmp_path / "run", "--config", "", "--max_steps", "2", folder="again")
+    assert again[f"eval_{MEASURE[task]}"] >= 0.9  # its head came along
+
+
+def test_a_gpts_texts_end_with_the_token_that_is_asked(tokenizer):
+    ended = end_texts(tokenizer)
+    end = tokenizer.eos_token_id
+    one, other = tokenizer("ab")["input_ids"], tokenizer("c")["input_ids"]
+    assert ended("ab")["input_ids"] == [*one, end]
+    assert ended("ab", "c")["input_ids"] == [*one, end, *other, end]
+    assert ended("")["input_ids"] == [end]
+    assert ended("ab" * 50, truncation=True, max_length=10)["input_ids"][-1] == end
+    assert end_texts(ended)("ab")["input_ids"] == [*one, end]  # not twice
+    assert "token_type_ids" not in ended("ab")
+
+
+def test_the_end_of_text_is_kept_when_the_tokenizer_is_saved(tokenizer, tmp_path):
+    end_texts(tokenizer).save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("ab", "c")["input_ids"] == end_texts(tokenizer)("ab", "c")["input_ids"]
+
+
+def test_a_stock_bert_is_the_start_with_its_own_tokenizer(finetune, data, tmp_path):
+    finetune("classify", data["classify"], "--max_steps", "1", folder="tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    stock = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=len(tokenizer), **sizes))
+    stock.save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+
+    finetune("classify", data["classify"], "--model", tmp_path / "stock", "--config", "", "--max_steps", "1",
+             "--learning_rate", "1e-9")  # fmt: skip
+    tuned = load_file(tmp_path / "run" / "model.safetensors")
+    start = stock.bert.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(tuned["bert.layers.0.attention.q_proj.weight"], start, rtol=0, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_head_of_another_size_is_replaced(finetune, data, tmp_path):
+    finetune("classify", data["classify"], "--max_steps", "1")
+    rows = [(f"text {number}", str(number % 3)) for number in range(6)]
+    three = write_csv(tmp_path / "three.csv", rows)
+    finetune("classify", three, "--model", tmp_path / "run", "--config", "", "--max_steps", "1", folder="three")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").config.num_labels == 3
+
+
+# ------------------------------------------------------------------------------------------ the global batch, resuming
+
+
+def labelled_rows(count, **options):
+    rows = [{"input_ids": torch.arange(2 + number % 3).numpy(), "labels": number % 4} for number in range(count)]
+    args = parse_arguments(FineTuningArguments, ["--task", "classify", "--data", "x", "--global_batch_size", "8"])
+    return LabelledRows(rows, args, pad_token_id=0, **options)
+
+
+def test_every_epoch_has_every_row_once_and_an_order_of_its_own():
+    data = labelled_rows(12)
+    drawn = [data.order[sample % 12] for sample in range(36) if data.row(sample)]
+    epochs = [drawn[first : first + 12] for first in (0, 12, 24)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [labelled_rows(12).row(sample)["labels"] for sample in (30, 3)] == [
+        data.row(sample)["labels"] for sample in (30, 3)
+    ]  # whatever was asked before
+
+
+def test_classes_weigh_in_the_normaliser():
+    weights = [1.0, 2.0, 0.5, 1.0]
+    plain, weighted = labelled_rows(12), labelled_rows(12, class_weights=weights)
+    batch = plain.batch(0, range(8))
+    assert plain.num_items(batch) == plain.num_units(batch) == 8
+    assert weighted.num_items(batch) == pytest.approx(sum(weights[label] for label in batch["labels"]))
+
+
+@pytest.mark.parametrize("task", MEASURE)
+def test_the_loss_does_not_depend_on_the_micro_batch(finetune, data, task, tmp_path):
+    def losses(size):
+        folder = f"micro-{size}"
+        options = ["--micro_batch_size", str(size), "--max_steps", "5", "--log_every", "1"]
+        if task in ("classify", "pair", "tag"):
+            options += ["--class_weights", "balanced"]
+        finetune(task, data[task], *options, folder=folder)
+        lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses(16) == pytest.approx(losses(2), abs=1e-5)
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(finetune, data, tmp_path, monkeypatch):
+    options = ["--max_steps", "20", "--save_every", "5", "--eval_every", "4", "--config", f"{TINY},hidden_dropout=0.1"]
+    finetune("classify", data["classify"], *options, folder="whole")
+    step = loop.accumulate_gradients
+
+    def cut_off(args, accelerator, model, forward, data, number, shares):
+        if number == 13:
+            raise InterruptedError("cut off")
+        return step(args, accelerator, model, forward, data, number, shares)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate_gradients", cut_off)
+        with pytest.raises(SystemExit):
+            finetune("classify", data["classify"], *options)
+    finetune("classify", data["classify"], *options)
+    whole, resumed = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_epochs_set_the_number_of_steps(finetune, data, tmp_path):
+    finetune("classify", data["classify"], "--epochs", "2.5", "--global_batch_size", "4")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 8  # 2.5 * 12 rows / 4
+
+
+def test_evaluation_measures_every_row_once_whatever_its_batches(finetune, data, monkeypatch):
+    seen = []
+    measure = finetune_bert.Validation.results
+    monkeypatch.setattr(
+        finetune_bert.Validation, "results", lambda self, found: seen.append(found) or measure(self, found)
+    )
+    results = [
+        finetune("classify", data["classify"], "--max_steps", "1", "--eval_batch_size", size, folder=f"run-{size}")
+        for size in ("5", "100")
+    ]
+    assert sorted(number for batch in seen[0] for number in batch[2]) == list(range(12))
+    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("classify", ["--class_weights", "1,2,3"], "must be 'balanced' or 2 positive numbers, for bad, good"),
+        ("classify", ["--class_weights", "1,-2"], "positive numbers"),
+        ("regress", ["--class_weights", "balanced"], "--task regress has no classes"),
+        ("classify", ["--monitor", "eval_bleu"], "monitor 'eval_bleu' is not measured here, only loss, accuracy, f1"),
+        ("classify", ["--max_length", "4"], "max_length must be at least 8"),
+        ("classify", ["--max_length", "4000"], "max_length 4000 is more than the 512 positions of bert-tiny"),
+        ("classify", ["--epochs", "0"], "epochs must be above 0"),
+        ("classify", ["--model", "bert-tni"], "no model named 'bert-tni' in the zoo; did you mean bert-tiny"),
+        ("classify", ["--model", "/nowhere/bert"], "--model /nowhere/bert is no checkpoint that loads"),
+        ("classify", ["--text_column", "words"], r"no column 'words'; choose one of \['label', 'text'\]"),
+        ("tag", ["--model", "gpt-tiny", "--config", ""], r"a GPT has no head .*: start from a BERT"),
+        ("qa", ["--stride", "100"], "stride is 100"),
+        ("qa", ["--max_length", "16", "--stride", "4"], "max_tokens is 16"),
+        ("guess", [], "--task must be classify or pair or regress or tag or qa"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_one_line(finetune, data, capsys, task, options, message):
+    with pytest.raises(SystemExit) as ended:
+        finetune(task, data.get(task, "x"), *options)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(message, error)
+
+
+@pytest.mark.parametrize("missing", ["--task", "--data"])
+def test_a_task_and_data_have_to_be_named(missing):
+    given = {"--task": "classify", "--data": "reviews.csv"}
+    del given[missing]
+    with pytest.raises(ValueError, match=missing):
+        parse_arguments(FineTuningArguments, [word for option in given.items() for word in option])
+
+
+# ----------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_says_what_to_expect(path):
+    args = parse_arguments(FineTuningArguments, ["--recipe", str(path)])
+    assert BENCHMARKS[args.data].kind == args.task and args.warmup_steps < args.eval_every
+    header = path.read_text()
+    assert f"--recipe training/recipes/{path.name}" in header
+    assert "# data " in header and "# hardware " in header
+    assert "# result " in header or "# expected " in header and "not run here yet" in header

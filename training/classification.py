@@ -1,0 +1,406 @@
+"""What every task of fine-tuning is made of, and the three that classify: texts, pairs of texts, tagged words.
+
+rows = task.rows(task.train, tokenizer, max_length=128)  # {"input_ids": (T,), ..., "labels": ...} each
+batch = collate(rows[:8], tokenizer.pad_token_id)  # tensors, padded to the longest row
+predictions = task.predictions(model(**batch), batch)
+answers = task.answers(task.train[:8], rows[:8], predictions)
+task.measure(task.train[:8], answers)  # {"accuracy": ..., "f1": ...}
+"""
+
+import hashlib
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from training.documents import Corpus, Documents, fingerprint_of
+from training.metrics import Classification, Entities, Regression, entities, load_metric
+from training.tables import Table
+from training.text import IGNORED_LABEL
+
+# What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token
+# for input_ids. Numbers in place of arrays are not padded.
+FILLERS = {"input_ids": None, "token_type_ids": 0, "labels": IGNORED_LABEL, "start_positions": 0, "end_positions": 0}
+
+
+class Columns(NamedTuple):
+    """The names of the columns of a task, whatever they are called in its data."""
+
+    text: str
+    pair: str | None
+    label: str
+
+
+def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a batch (B, T): the rows on the left, padding on the right, and the mask that tells them apart.
+    T is `length`, by default that of the longest row."""
+    batch = {}
+    for name in FILLERS:
+        if name not in rows[0]:
+            continue
+        values = [torch.as_tensor(row[name]) for row in rows]
+        if values[0].ndim == 0:
+            batch[name] = torch.stack(values)
+        else:
+            filler = pad_token_id if name == "input_ids" else FILLERS[name]
+            padded = pad_sequence([value.long() for value in values], True, filler)
+            batch[name] = padded if length is None else F.pad(padded, (0, length - padded.shape[1]), value=filler)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return batch
+
+
+def chunks(examples: list, size: int = 1000) -> Iterator[list]:
+    for first in range(0, len(examples), size):
+        yield examples[first : first + size]
+
+
+def token_arrays(encodings, number: int) -> dict[str, np.ndarray]:
+    """Row `number` of what a tokenizer returned."""
+    names = [name for name in ("input_ids", "token_type_ids") if name in encodings]
+    return {name: np.array(encodings[name][number], np.int32) for name in names}
+
+
+class Task:
+    """What a task is made of: its examples, the rows a model reads of them, and the measures of its answers.
+
+    A child gives the methods that raise NotImplementedError, and the names below. An example is a dict of plain
+    values, labels by name; `notes` collects what a user should know about the data.
+    """
+
+    head: str  # of the model: "SequenceClassification"
+    pipeline: str  # the key of `publish.USES`
+    monitor: str  # the measure that decides which weights are best
+    label_names: list[str] | None = None  # the name of each class id
+
+    def __init__(
+        self,
+        train: Table,
+        validation: Table | None,
+        columns: Columns,
+        *,
+        source: str,
+        label_names: list[str] | None = None,
+        validation_fraction: float = 0.1,
+    ):
+        self.columns, self.source, self.license = columns, source, train.license
+        self.notes: list[str] = []
+        self.prepare(train, label_names)
+        self.train = self.examples(train)
+        if validation is not None:
+            self.validation = self.examples(validation)
+        else:
+            self.train, self.validation = hold_out(self.train, self.key, validation_fraction, train.parts[0][0])
+        self.fingerprint = fingerprint_of(
+            type(self).__name__, self.label_names, *(_digest(split) for split in (self.train, self.validation))
+        )
+
+    def prepare(self, train: Table, label_names: list[str] | None):
+        """Whatever has to be known before the first example, such as the names of the classes."""
+
+    def examples(self, table: Table) -> list[dict]:
+        """The table's rows as examples. Raises ValueError naming the file and the row that cannot be one."""
+        raise NotImplementedError
+
+    def key(self, example: dict) -> Any:
+        """What two examples must not share if one of them is held out: their text."""
+        return {name: value for name, value in example.items() if name not in ("label", "tags")}
+
+    def texts(self, example: dict) -> list[str]:
+        raise NotImplementedError
+
+    def rows(self, examples: list[dict], tokenizer, max_length: int) -> list[dict]:
+        """What a model reads: token ids of at most `max_length`, and their labels, as arrays and numbers."""
+        raise NotImplementedError
+
+    def predictions(self, outputs, batch: dict[str, Tensor]) -> list:
+        """What is to be kept of a model's outputs, for each row of the batch, on the CPU."""
+        raise NotImplementedError
+
+    def answers(self, examples: list[dict], rows: list[dict], predictions: list) -> list:
+        """One answer for each example, in the form of its label, from the predictions for all rows."""
+        raise NotImplementedError
+
+    def reference(self, example: dict):
+        """The right answer."""
+        raise NotImplementedError
+
+    def measure(self, examples: list[dict], answers: list) -> dict[str, float]:
+        raise NotImplementedError
+
+    def show(self, example: dict, answer) -> str:
+        """An example and the answer to it, to be read by a person."""
+        raise NotImplementedError
+
+    def name_classes(self, train: Table, labels: Iterable, given: list[str] | None):
+        """Sets the classes in the order of their ids: as given, or as the data set names them, or else all labels in
+        sorted order (whole numbers by size). Names that do not come from the labels may stand for their numbers."""
+        names = given or train.class_names.get(self.columns.label)
+        self.class_of = {str(number): name for number, name in enumerate(names or [])}
+        if names is None:
+            names = sorted({_spell(label) for label in labels} - {None})
+            if all(name.lstrip("-").isdecimal() for name in names):
+                names.sort(key=int)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"{train.parts[0][0]}: column {self.columns.label!r} needs several different labels, not {names}"
+            )
+        self.class_of |= {name: name for name in names}
+        self.label_names = names
+
+    def class_name(self, label, where: str) -> str:
+        """The class that a label means, by its name or number."""
+        if (name := _spell(label)) in self.class_of:
+            return self.class_of[name]
+        shown = ", ".join(self.label_names[:20]) + (", ..." if len(self.label_names) > 20 else "")
+        raise ValueError(f"{where}: label {label!r} is none of the {len(self.label_names)} classes: {shown}")
+
+    def corpus(self) -> Corpus:
+        """All texts of the task, to make a tokenizer from."""
+
+        def documents(examples: list[dict]) -> Documents:
+            return Documents.of(lambda: (text for example in examples for text in self.texts(example)))
+
+        return Corpus(documents(self.train), documents(self.validation), self.fingerprint, self.source, self.license)
+
+    def note(self, count: int, of: list, what: str):
+        if count:
+            self.notes.append(f"{count} of {len(of)} {what}")
+
+
+class TextTask(Task):
+    """A text, or a pair of texts, and one of several classes."""
+
+    head = "SequenceClassification"
+    monitor = "eval_accuracy"
+
+    def prepare(self, train, label_names):
+        self.pipeline = "text-pair-classification" if self.columns.pair else "text-classification"
+        self.name_classes(train, train.column(self.columns.label, "label_column"), label_names)
+
+    def label(self, value, where: str) -> str | float:
+        return self.class_name(value, where)
+
+    def examples(self, table):
+        fields = {"text": text_column(table, self.columns.text, "text_column")}
+        if self.columns.pair:
+            fields["pair"] = text_column(table, self.columns.pair, "pair_column")
+        labels = table.column(self.columns.label, "label_column")
+        fields["label"] = [self.label(value, table.where(row)) for row, value in enumerate(labels)]
+        return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+
+    def texts(self, example):
+        return [example[name] for name in ("text", "pair") if name in example]
+
+    def rows(self, examples, tokenizer, max_length):
+        rows, num_cut = [], 0
+        for chunk in chunks(examples):
+            texts = ([example[name] for example in chunk] for name in ("text", "pair") if name in chunk[0])
+            encodings = tokenizer(*texts, truncation=True, max_length=max_length)
+            num_cut += sum(bool(encoding.overflowing) for encoding in encodings.encodings)
+            for number, example in enumerate(chunk):
+                rows.append({**token_arrays(encodings, number), "labels": self.target(example["label"])})
+        self.note(sum(not any(self.texts(example)) for example in examples), examples, "texts are empty")
+        self.note(num_cut, examples, f"texts were cut to {max_length} tokens")
+        return rows
+
+    def target(self, label):
+        return self.label_names.index(label)
+
+    def predictions(self, outputs, batch):
+        return outputs.logits.argmax(-1).tolist()
+
+    def answers(self, examples, rows, predictions):
+        return [self.label_names[prediction] for prediction in predictions]
+
+    def reference(self, example):
+        return example["label"]
+
+    def measure(self, examples, answers):
+        ids = {name: number for number, name in enumerate(self.label_names)}
+        return load_metric(Classification).compute(
+            predictions=[ids[answer] for answer in answers],
+            references=[ids[example["label"]] for example in examples],
+            num_labels=len(ids),
+        )
+
+    def show(self, example, answer):
+        texts = " | ".join(textwrap.shorten(text, 200) for text in self.texts(example))
+        return f"{texts}\n  -> {answer} (labelled {example['label']})"
+
+
+class RegressionTask(TextTask):
+    """A text, or a pair of texts, and a number."""
+
+    monitor = "eval_pearson"
+
+    def prepare(self, train, label_names):
+        self.pipeline = "text-pair-classification" if self.columns.pair else "text-classification"
+        self.label_names = [self.columns.label]  # of the one output
+
+    def label(self, value, where):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{where}: {self.columns.label!r} must be a finite number, not {value!r}")
+        return number
+
+    def target(self, label):
+        return np.float32(label)
+
+    def predictions(self, outputs, batch):
+        return outputs.logits[:, 0].float().tolist()
+
+    def answers(self, examples, rows, predictions):
+        return predictions
+
+    def measure(self, examples, answers):
+        references = [example["label"] for example in examples]
+        return load_metric(Regression).compute(predictions=answers, references=references)
+
+    def show(self, example, answer):
+        return super().show(example, f"{answer:.2f}")
+
+
+class TaggingTask(Task):
+    """Words, and a tag for each: entities in IOB tags, parts of speech.
+
+    The model reads the words as one text with spaces between them, as the pipeline will, and its answer for a word is
+    that at the word's first token. A word that is cut off or has no token of its own is answered "O".
+    """
+
+    head = "TokenClassification"
+    pipeline = "token-classification"
+    monitor = "eval_f1"
+
+    def prepare(self, train, label_names):
+        tags = (tag for row in train.column(self.columns.label, "label_column") for tag in row or [])
+        self.name_classes(train, tags, label_names)
+
+    def examples(self, table):
+        all_words = table.column(self.columns.text, "text_column")
+        all_tags = table.column(self.columns.label, "label_column")
+        examples = []
+        for row, (words, tags) in enumerate(zip(all_words, all_tags, strict=True)):
+            where = table.where(row)
+            for name, values in ((self.columns.text, words), (self.columns.label, tags)):
+                if not isinstance(values, list):
+                    raise ValueError(f"{where}: {name!r} must be a list, with one entry a word, not {values!r}")
+            if len(words) != len(tags):
+                raise ValueError(f"{where}: {len(words)} words, but {len(tags)} tags")
+            words = [as_text(word, self.columns.text, where) for word in words]
+            examples.append({"words": words, "tags": [self.class_name(tag, where) for tag in tags]})
+        return examples
+
+    def texts(self, example):
+        return [" ".join(example["words"])]
+
+    def rows(self, examples, tokenizer, max_length):
+        ids = {name: number for number, name in enumerate(self.label_names)}
+        rows, num_cut = [], 0
+        for chunk in chunks(examples):
+            texts = [" ".join(example["words"]) for example in chunk]
+            encodings = tokenizer(texts, truncation=True, max_length=max_length)
+            for number, example in enumerate(chunk):
+                encoding = encodings.encodings[number]
+                labels = np.full(len(encoding.ids), IGNORED_LABEL, np.int32)
+                scored, first_character = [], 0
+                for index, word in enumerate(example["words"]):
+                    places = map(encoding.char_to_token, range(first_character, first_character + len(word)))
+                    place = next((place for place in places if place is not None), None)
+                    if place is not None and labels[place] == IGNORED_LABEL:
+                        labels[place] = ids[example["tags"][index]]
+                        scored.append(index)
+                    first_character += len(word) + 1
+                num_cut += bool(encoding.overflowing)
+                rows.append({**token_arrays(encodings, number), "labels": labels, "words": scored})
+        self.note(num_cut, examples, f"sentences were cut to {max_length} tokens; the words behind count as 'O'")
+        return rows
+
+    def predictions(self, outputs, batch):
+        is_scored = batch["labels"] != IGNORED_LABEL
+        return [tags[scored].tolist() for tags, scored in zip(outputs.logits.argmax(-1).cpu(), is_scored, strict=True)]
+
+    def answers(self, examples, rows, predictions):
+        answers = []
+        for example, row, prediction in zip(examples, rows, predictions, strict=True):
+            tags = ["O"] * len(example["words"])
+            for word, tag in zip(row["words"], prediction, strict=True):
+                tags[word] = self.label_names[tag]
+            answers.append(tags)
+        return answers
+
+    def reference(self, example):
+        return example["tags"]
+
+    def measure(self, examples, answers):
+        references = [example["tags"] for example in examples]
+        return load_metric(Entities).compute(predictions=answers, references=references)
+
+    def show(self, example, answer):
+        def listed(tags: list[str]) -> str:
+            found = sorted(entities(tags), key=lambda entity: entity[1])
+            return ", ".join(f"{kind} {' '.join(example['words'][first:end])!r}" for kind, first, end in found)
+
+        text = textwrap.shorten(" ".join(example["words"]), 200)
+        return f"{text}\n  -> {listed(answer) or 'nothing'} (labelled {listed(example['tags']) or 'nothing'})"
+
+
+# ------------------------------------------------------------------------------------------------ columns and labels
+
+
+def text_column(table: Table, name: str, option: str) -> list[str]:
+    return [as_text(value, name, table.where(row)) for row, value in enumerate(table.column(name, option))]
+
+
+def as_text(value, column: str, where: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {column!r} holds {type(value).__name__}, not text")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {column!r} is not valid Unicode ({error}); repair it") from error
+    return value or ""
+
+
+def _spell(label) -> str | None:
+    """A label as text, 1.0 as "1"; None where there is none."""
+    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
+        return None
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def hold_out(
+    examples: list[dict], key: Callable[[dict], Any], fraction: float, source: str
+) -> tuple[list[dict], list[dict]]:
+    """Examples to train on and to validate on: those whose keys have the smallest sha256, so that neither the order of
+    the file nor duplicates matter. Raises ValueError if nothing would be left on one side."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, not {fraction}")
+    digests = [_digest([key(example)]) for example in examples]
+    last = sorted(digests)[max(1, round(fraction * len(digests))) - 1]
+    parts = [], []
+    for digest, example in zip(digests, examples, strict=True):
+        parts[digest <= last].append(example)
+    if not parts[0]:
+        raise ValueError(f"{source}: too few different rows to hold any out; give --validation_data")
+    return parts
+
+
+def _digest(values: Iterable) -> str:
+    total = hashlib.sha256()
+    for value in values:
+        total.update(json.dumps(value, sort_keys=True).encode())
+    return total.hexdigest()

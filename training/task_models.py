@@ -1,0 +1,105 @@
+"""The model and the tokenizer that are fine-tuned on a task: a BERT or a GPT, from a checkpoint or from nothing."""
+
+import torch
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import hf_models
+from hf_models.zoo import find_entry
+from training.arguments import parse_fields
+from training.classification import RegressionTask, Task
+from training.models import is_checkpoint
+from training.tokenizer import make_tokenizer
+
+
+def find_family(model: str) -> str:
+    """Whether a name of the zoo or a checkpoint is a "Bert" or a "GPT". Raises ValueError if it is neither."""
+    families = {"zoo_bert": "Bert", "bert": "Bert", "zoo_gpt": "GPT", "gpt2": "GPT"}
+    if is_checkpoint(model):
+        try:
+            model_type = AutoConfig.from_pretrained(model).model_type
+        except OSError as error:
+            raise ValueError(f"--model {model} is no checkpoint that loads: {error}") from error
+    else:
+        model_type = find_entry(model).config_class.model_type
+    if model_type not in families:
+        raise ValueError(f"--model {model} is a {model_type!r}; this script fine-tunes {', '.join(families)}")
+    return families[model_type]
+
+
+def end_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A GPT's tokenizer that ends every text with the end-of-text token, which also stands between the two of a pair:
+    the place the answer is read from (Radford et al. 2018, section 3.3). Without it an empty text would have none."""
+    end = tokenizer.eos_token
+    if end is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token: set its eos_token")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if backend.encode("").tokens != [end]:  # else it is of a checkpoint that was fine-tuned here
+        joined = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+        former = [backend.post_processor] if backend.post_processor else []
+        backend.post_processor = processors.Sequence([*former, joined])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=end,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token or end,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def create_tokenizer(
+    model: str, kind: str | None, task: Task, vocab_size: int, max_length: int
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a kind that `make_tokenizer` knows; by default the checkpoint's, or for a model that starts from
+    nothing one made from the texts of the task."""
+    family = find_family(model)
+    made = "wordpiece" if family == "Bert" else "bpe"
+    kind = kind or (model if is_checkpoint(model) else made)
+    tokenizer = make_tokenizer(kind, task.corpus(), vocab_size, context_length=max_length, masked=family == "Bert")
+    return tokenizer if family == "Bert" else end_texts(tokenizer)
+
+
+def create_task_model(
+    name: str,
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    device: torch.device,
+    config: str | None = None,
+    class_weights: list[float] | None = None,
+) -> PreTrainedModel:
+    """A checkpoint with a head for the task, new unless it has one of that size, or a fresh model of the zoo.
+
+    Raises:
+        ValueError: there is no such model or no such head, or the model has fewer tokens or positions than are needed.
+    """
+    family = find_family(name)
+    model_class = getattr(hf_models, f"Zoo{family}For{task.head}", None)
+    if model_class is None:
+        raise ValueError(f"a {family} has no head for this task ({task.pipeline}): start from a BERT")
+    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", "class_weights": class_weights}
+    options["pad_token_id"] = tokenizer.pad_token_id
+    if task.label_names:
+        options["id2label"] = dict(enumerate(task.label_names))
+        options["label2id"] = {name: number for number, name in enumerate(task.label_names)}
+    if task.head == "SequenceClassification":
+        options["problem_type"] = "regression" if isinstance(task, RegressionTask) else "single_label_classification"
+    options |= parse_fields(config)
+    if is_checkpoint(name):
+        model = model_class.from_pretrained(name, dtype=torch.float32, ignore_mismatched_sizes=True, **options)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {name} {model.config.vocab_size}")
+    else:
+        model = hf_models.create_model(name, model_class, vocab_size=len(tokenizer), **options)
+    if max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_length {max_length} is more than the {model.config.max_position_embeddings} positions of {name}"
+        )
+    if task.head == "QuestionAnswering":
+        model.config.null_threshold = task.null_threshold
+    return model
