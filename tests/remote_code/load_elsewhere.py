@@ -27,65 +27,66 @@ sys.meta_path.insert(0, Blocked())
 socket.socket.connect = socket.getaddrinfo = refuse
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline  # noqa: E402
 
-AUTO_CLASSES = {
-    "ZooGPTModel": AutoModel,
-    "ZooGPTForCausalLM": AutoModelForCausalLM,
-    "ZooGPTForSequenceClassification": AutoModelForSequenceClassification,
-}
 PIPELINES = {
-    "ZooGPTForCausalLM": "text-generation",
-    "ZooGPTForSequenceClassification": "text-classification",
+    "ForCausalLM": ("text-generation", {"max_new_tokens": 3}),
+    "ForMaskedLM": ("fill-mask", {}),
+    "ForSequenceClassification": ("text-classification", {}),
+    "ForTokenClassification": ("token-classification", {"ignore_labels": []}),
 }
 
 
 def check(folder: Path):
     expected = load_file(folder / "expected.safetensors")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert type(config).__name__ == "ZooGPTConfig"
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    family = dict(config.auto_map)
+    file, config_class = family.pop("AutoConfig").split(".")
+    assert type(config).__name__ == config_class
+    auto_classes = {name.split(".")[1]: getattr(transformers, auto_class) for auto_class, name in family.items()}
 
-    model = AUTO_CLASSES[architecture].from_pretrained(folder, trust_remote_code=True)
+    model = auto_classes[architecture].from_pretrained(folder, trust_remote_code=True)
     assert type(model).__name__ == architecture
     assert type(model).__module__.startswith("transformers_modules.")
     check_answers(model, expected)
 
     # AutoModel opens the checkpoint of any head, every Auto class every checkpoint.
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(base).__name__ == "ZooGPTModel"
-    assert torch.equal(base(expected["tokens"]).last_hidden_state, expected["hidden_states"])
-    for name, auto_class in AUTO_CLASSES.items():
+    assert torch.equal(base(**inputs_of(expected)).last_hidden_state, expected["hidden_states"])
+    for name, auto_class in auto_classes.items():
         assert type(auto_class.from_pretrained(folder, trust_remote_code=True)).__name__ == name
 
     # Saved again from here, the checkpoint still carries its code.
     again = folder / "again"
     model.save_pretrained(again)
-    assert {"gpt.py", "base.py", "layers.py"} <= {path.name for path in again.iterdir()}
+    assert {f"{file}.py", "base.py", "layers.py"} <= {path.name for path in again.iterdir()}
     assert json.loads((again / "config.json").read_text())["auto_map"] == config.auto_map
     assert list(load_file(again / "model.safetensors")) == list(load_file(folder / "model.safetensors"))
-    check_answers(AUTO_CLASSES[architecture].from_pretrained(again, trust_remote_code=True), expected)
+    check_answers(auto_classes[architecture].from_pretrained(again, trust_remote_code=True), expected)
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    assert tokenizer("To be").input_ids == expected["text"].tolist()
-    if architecture in PIPELINES:
-        use = pipeline(PIPELINES[architecture], model=str(folder), trust_remote_code=True, device="cpu")
-        answer = use("To be", **({"max_new_tokens": 3} if architecture == "ZooGPTForCausalLM" else {}))
-        assert answer and type(use.model).__name__ == architecture
+    assert tokenizer("to be").input_ids == expected["text"].tolist()
+    for ending, (task, settings) in PIPELINES.items():
+        if architecture.endswith(ending):
+            use = pipeline(task, model=str(folder), trust_remote_code=True, device="cpu", **settings)
+            answer = use("to [MASK]" if task == "fill-mask" else "to be")
+            assert answer and type(use.model).__name__ == architecture
+
+
+def inputs_of(expected):
+    return {name: expected[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in expected}
 
 
 def check_answers(model, expected):
-    assert torch.equal(model(expected["tokens"])[0], expected["output"])
+    outputs = {name: value for name, value in model(**inputs_of(expected)).items() if isinstance(value, torch.Tensor)}
+    assert {f"output.{name}" for name in outputs} == {name for name in expected if name.startswith("output.")}
+    for name, value in outputs.items():
+        assert torch.equal(value, expected[f"output.{name}"]), name
     if "generated" in expected:
-        generated = model.generate(expected["tokens"], max_new_tokens=10, do_sample=False)
+        generated = model.generate(expected["input_ids"], max_new_tokens=10, do_sample=False)
         assert torch.equal(generated, expected["generated"])
 
 

@@ -10,38 +10,34 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_models import ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel
+from tests.families import CASES, FAMILIES, tensors
 
-MODERN = {"position_embedding_type": "rotary", "norm": "rmsnorm", "qk_norm": True, "hidden_act": "relu2"}
-CHECKPOINTS = {
-    "model": (ZooGPTModel, {}),
-    "causal_lm": (ZooGPTForCausalLM, {}),
-    "causal_lm_modern": (ZooGPTForCausalLM, {**MODERN, "num_key_value_heads": 2, "use_bias": False}),
-    "causal_lm_post_norm": (ZooGPTForCausalLM, {"norm_position": "post", "position_embedding_type": "sinusoidal"}),
-    "classifier": (ZooGPTForSequenceClassification, {"num_labels": 3}),
-}
+# Every class, and the language models with every kind of block.
+every_case = pytest.mark.parametrize("name", CASES)
 
 
 @pytest.fixture
-def save(make_gpt, tokenizer, tokens, tmp_path):
-    """Saves one of CHECKPOINTS with a tokenizer and what it computes; returns its folder."""
+def save(make_model, tokenizer, masking_tokenizer, tokens, sentences, tmp_path):
+    """Saves a model of CASES with a tokenizer and what it computes; returns its folder."""
 
     def save(name):
-        model_class, fields = CHECKPOINTS[name]
-        model, folder = make_gpt(model_class, eos_token_id=0, pad_token_id=0, **fields), tmp_path / name
+        case, folder = CASES[name], tmp_path / name
+        is_gpt = case.model_class.config_class.model_type == "zoo_gpt"
+        inputs, its_tokenizer = ({"input_ids": tokens}, tokenizer) if is_gpt else (sentences, masking_tokenizer)
+        ends = {"pad_token_id": 0, "eos_token_id": 0} if is_gpt else {}
+        model = make_model(case.model_class, **{**case.fields, **ends})
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        its_tokenizer.save_pretrained(folder)
         expected = {
-            "tokens": tokens,
-            "output": model(tokens)[0],
-            "hidden_states": getattr(model, "transformer", model)(tokens).last_hidden_state,
-            "text": torch.tensor(tokenizer("To be").input_ids),
+            **inputs,
+            **{f"output.{name}": value for name, value in tensors(model(**inputs)).items()},
+            "hidden_states": model.base_model(**inputs).last_hidden_state,
+            "text": torch.tensor(its_tokenizer("to be").input_ids),
         }
-        if model_class is ZooGPTForCausalLM:
+        if model.can_generate():
             expected["generated"] = model.generate(tokens, max_new_tokens=10, do_sample=False)
-        save_file(
-            {key: value.detach().contiguous() for key, value in expected.items()}, folder / "expected.safetensors"
-        )
+        expected = {name: value.clone(memory_format=torch.contiguous_format) for name, value in expected.items()}
+        save_file(expected, folder / "expected.safetensors")
         return folder
 
     return save
@@ -50,7 +46,7 @@ def save(make_gpt, tokenizer, tokens, tmp_path):
 @torch.no_grad()
 def test_checkpoints_give_the_same_answers_where_the_package_is_not(save, tmp_path):
     script = Path(__file__).parent / "load_elsewhere.py"
-    folders = [save(name) for name in CHECKPOINTS]
+    folders = [save(name) for name in CASES]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-I", script, *folders],
@@ -65,19 +61,18 @@ def test_checkpoints_give_the_same_answers_where_the_package_is_not(save, tmp_pa
     assert "all the same" in done.stdout
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@every_case
 @torch.no_grad()
 def test_what_a_checkpoint_carries(save, name):
-    folder = save(name)
-    assert {path.name for path in folder.glob("*.py")} == {"base.py", "gpt.py", "layers.py"}
+    folder, config_class = save(name), CASES[name].model_class.config_class
+    family = config_class.model_type.removeprefix("zoo_")
+    assert {"base.py", f"{family}.py", "layers.py"} <= {path.name for path in folder.glob("*.py")}
+    assert not {"gpt.py", "bert.py"} - {f"{family}.py"} & {path.name for path in folder.glob("*.py")}
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "zoo_gpt" and config["zoo_version"]
-    assert config["auto_map"] == {
-        "AutoConfig": "gpt.ZooGPTConfig",
-        "AutoModel": "gpt.ZooGPTModel",
-        "AutoModelForCausalLM": "gpt.ZooGPTForCausalLM",
-        "AutoModelForSequenceClassification": "gpt.ZooGPTForSequenceClassification",
-    }
+    assert config["model_type"] == config_class.model_type and config["zoo_version"]
+    classes = {auto_class.__name__: one.__name__ for one, auto_class in FAMILIES[family].auto_classes.items()}
+    expected = {"AutoConfig": config_class.__name__, **classes}
+    assert config["auto_map"] == {auto_class: f"{family}.{name}" for auto_class, name in expected.items()}
     names = set(load_file(folder / "model.safetensors"))
     assert any(key.endswith("layers.0.attention.q_proj.weight") for key in names)  # our own names, not the stock ones
     assert not any(key.startswith(("_orig_mod.", "module.")) for key in names)
