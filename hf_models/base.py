@@ -32,11 +32,12 @@ class TransformerConfig(PreTrainedConfig):
         norm: `layernorm` (Ba et al. 2016) or `rmsnorm` (Zhang and Sennrich 2019).
         norm_position: `pre` (Xiong et al. 2020) or `post` (Vaswani et al. 2017).
         qk_norm: normalise queries and keys before their product (Henry et al. 2020), here by their root mean square.
-        use_bias: biases in linear layers and in LayerNorm.
+        use_bias: biases in the blocks' linear layers and in LayerNorm.
         residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
             `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
             makes every block the identity at first.
-        class_weights: how much each class counts in the loss of a classification head. Default: all the same.
+        class_weights: how much each class counts in the loss of a classification head; not for regression, which has
+            no classes. Default: all the same.
         zoo_version: the version of hf_models that wrote the checkpoint.
 
     Raises:
@@ -59,7 +60,7 @@ class TransformerConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
     residual_init: Literal["normal", "scaled", "zero"] = "normal"
-    class_weights: list[float] | None = None
+    class_weights: list[float | int] | None = None
     zoo_version: str | None = None
 
     # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
@@ -72,6 +73,8 @@ class TransformerConfig(PreTrainedConfig):
         "layers.*.attention.k_proj": "colwise",
         "layers.*.attention.v_proj": "colwise",
         "layers.*.attention.o_proj": "rowwise",
+        "layers.*.attention.q_norm": "replicated_with_grad_allreduce",  # each process sees its own heads only
+        "layers.*.attention.k_norm": "replicated_with_grad_allreduce",
         "layers.*.feed_forward.gate_proj": "colwise",
         "layers.*.feed_forward.up_proj": "colwise",
         "layers.*.feed_forward.down_proj": "rowwise",
@@ -86,6 +89,8 @@ class TransformerConfig(PreTrainedConfig):
             defaults = AutoConfig.for_model(cls.stock_model_type).to_dict()
             config_dict = {k: v for k, v in defaults.items() if k in known} | config_dict
             config_dict["model_type"] = cls.model_type
+            if config_dict.get("position_embedding_type") == "absolute":  # as transformers 4 wrote it
+                config_dict["position_embedding_type"] = "learned"
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
@@ -121,6 +126,8 @@ class TransformerConfig(PreTrainedConfig):
             )
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise ValueError(f"class_weights has {len(self.class_weights)} values for num_labels {self.num_labels}")
+        if self.class_weights is not None and self.problem_type == "regression":
+            raise ValueError("class_weights is set, but problem_type='regression' has no classes: leave it None")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATIONS)}")
         for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):

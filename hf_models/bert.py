@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_tracing
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -43,6 +43,7 @@ from .layers import (
     linear_cross_entropy,
     make_norm,
     scored_places,
+    states_at,
 )
 from .question_answering import answer_question
 
@@ -55,6 +56,8 @@ class ZooBertConfig(TextConfig):
         type_vocab_size: number of token types: 0 for the first text of a pair, 1 for the second.
         norm_position: `post` as in the paper, or `pre`, with one more norm behind the last block.
         classifier_dropout: dropout before a classifier. Default: `hidden_dropout`.
+        null_threshold: of a model for questions some of which have no answer: how far "no answer" has to score above
+            the best answer to be the answer (Devlin et al. 2019, section 4.3).
 
     `TextConfig` and `TransformerConfig` explain the rest.
     """
@@ -82,6 +85,7 @@ class ZooBertConfig(TextConfig):
     norm_eps: float | int = 1e-12
     norm_position: Literal["pre", "post"] = "post"
     classifier_dropout: float | int | None = None
+    null_threshold: float | int | None = None
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
@@ -149,8 +153,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
             attention_mask: (B, T), 1 for real tokens and 0 for padding; or a ready (B, 1, T, T) mask.
-            skip_padding: compute nothing on padding, so that its outputs are 0. Without effect where a compiler, or
-                hidden states asked for, need tensors of fixed shape.
+            skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
+                see the M real tokens of the batch as (1, M, D). Without effect where a compiler, or hidden states
+                asked for, need tensors of fixed shape.
             token_type_ids: (B, T), 0 or 1. Default: 0.
             position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
                 and the next begins: attention then stays within each.
@@ -164,14 +169,21 @@ class ZooBertModel(ZooBertPreTrainedModel):
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
-        skip_padding = skip_padding and not (wants_states or torch.compiler.is_compiling())
+        if position_ids is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        is_packed = attention_mask is None and position_ids is not None
+        skip_padding = skip_padding and not (wants_states or is_tracing(inputs_embeds))
         packing = self.find_packing(attention_mask, position_ids) if skip_padding else None
 
-        mask = None
-        if packing is not None and is_flash_attention_requested(self.config):
-            kwargs |= packing.borders()  # such kernels know sequences by their borders
+        mask, has_borders = None, is_flash_attention_requested(self.config)
+        if packing is not None and has_borders:
+            kwargs |= packing.borders()
+        elif is_packed and has_borders:
+            raise ValueError(
+                "flash attention keeps packed sequences apart only with skip_padding and without a compiler or "
+                "output_hidden_states: change that, or call model.set_attn_implementation('sdpa')"
+            )
         else:
-            is_packed = attention_mask is None and position_ids is not None
             mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -204,7 +216,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
             is_token = attention_mask.bool()
             return Packing(is_token, is_token.sum(1))
         if attention_mask is None and position_ids is not None and is_flash_attention_requested(self.config):
-            begins = (position_ids == 0).flatten().nonzero().squeeze(1)
+            begins = position_ids == 0
+            begins[:, 0] = True
+            begins = begins.flatten().nonzero().squeeze(1)
             ends = torch.cat((begins[1:], begins.new_tensor([position_ids.numel()])))
             return Packing(torch.ones_like(position_ids), ends - begins)
         return None
@@ -234,9 +248,7 @@ class MaskedTokenHead(nn.Module):
 
     def forward_at(self, hidden_states, positions=None):
         """The scores (B, M, V) at `positions` (B, M), padded with -1; by default everywhere."""
-        if positions is not None:
-            hidden_states = hidden_states.take_along_dim(positions.clamp(min=0)[..., None], dim=1)
-        return self(hidden_states)
+        return self(hidden_states if positions is None else states_at(hidden_states, positions))
 
     def loss(self, hidden_states, labels, masked_positions=None, num_items=None):
         """Cross-entropy of the masked tokens (B, T), without a score for any other place.
@@ -315,7 +327,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
         )
         hidden_states, pooled = outputs.last_hidden_state, outputs.pooler_output
         if sequence_positions is not None:
-            pooled = self.bert.pool(hidden_states.take_along_dim(sequence_positions.clamp(min=0)[..., None], dim=1))
+            pooled = self.bert.pool(states_at(hidden_states, sequence_positions))
         relationship = self.nsp_head(pooled)
 
         num_items = num_items_in_batch or {}
@@ -525,18 +537,18 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
     ) -> QuestionAnsweringModelOutput:
         """
         Args:
-            start_positions, end_positions: (B,), the places of the answer's first and last token; one outside the
-                row is not scored.
+            start_positions, end_positions: (B,), the places of the answer's first and last token. As in stock, one
+                behind the row's end is not scored, and a negative one counts as 0.
             num_items_in_batch: what the loss, half of it for each end, is divided by; by default the number of
                 answers.
         """
+        kwargs.setdefault("skip_padding", start_positions is None)  # stock's loss chooses among all places, padding too
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            skip_padding=start_positions is None,  # stock's loss is a choice among all places, padding too
             **kwargs,
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)

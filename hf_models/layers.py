@@ -79,12 +79,12 @@ class Packing:
 
     def pack(self, padded):
         """(B, T, ...) -> (1, M, ...)."""
-        return padded.flatten(0, 1).index_select(0, self.places)[None]
+        return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
 
     def unpack(self, packed):
         """(1, M, ...) -> (B, T, ...), zero where there is no token."""
         padded = packed.new_zeros(self.batch_shape.numel(), *packed.shape[2:])
-        return padded.index_copy(0, self.places, packed[0]).unflatten(0, self.batch_shape)
+        return padded.index_copy(0, self.places.to(packed.device), packed[0]).unflatten(0, self.batch_shape)
 
     def borders(self):
         """What flash attention takes instead of padding and mask, by transformers' names for it."""
@@ -211,7 +211,8 @@ class FeedForward(nn.Module):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is W x + b and nothing else: no adapter, no hook, no weight split over devices."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooked = any(hooks) or "forward" in vars(module)
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and not hooked
 
 
@@ -394,22 +395,30 @@ def scored_places(hidden_states, labels, positions=None, ignore_index: int = -10
     Args:
         hidden_states: (B, T, D).
         labels: (B, T), `ignore_index` where nothing is scored.
-        positions: (B, M), the scored places of each row, padded with -1, which keep every shape fixed. Without them
-            the places are searched for, or under a compiler, which needs fixed shapes, all taken.
+        positions: (B, M), the scored places of each row, padded with -1; by default they are searched for. A compiler
+            needs fixed shapes: it takes the padding too, and without positions every place.
 
     Returns:
-        (B M, D) and (B M,), or without positions as many as are scored.
+        (M', D) and (M',), as many as are scored; under a compiler B M, or B T.
     """
     labels = labels.to(hidden_states.device)
-    if positions is not None:
-        found = positions.clamp(min=0)
-        labels = labels.gather(1, found).where(positions >= 0, ignore_index)
-        return hidden_states.take_along_dim(found[..., None], dim=1).flatten(0, 1), labels.flatten()
-    hidden_states, labels = hidden_states.flatten(0, 1), labels.flatten()
     if torch.compiler.is_compiling():
-        return hidden_states, labels
-    places = (labels != ignore_index).nonzero().squeeze(1)
-    return hidden_states.index_select(0, places), labels.index_select(0, places)
+        if positions is not None:
+            hidden_states = states_at(hidden_states, positions)
+            labels = states_at(labels[..., None], positions)[..., 0].where(positions >= 0, ignore_index)
+        return hidden_states.flatten(0, 1), labels.flatten()
+    if positions is None:
+        rows, places = (labels != ignore_index).nonzero(as_tuple=True)
+    else:
+        positions = positions.to(hidden_states.device)
+        rows, columns = (positions >= 0).nonzero(as_tuple=True)
+        places = positions[rows, columns]
+    return hidden_states[rows, places], labels[rows, places]
+
+
+def states_at(hidden_states, positions):
+    """The states (B, M, D) at `positions` (B, M) of (B, T, D); for a position of -1, which pads, those at 0."""
+    return hidden_states.take_along_dim(positions.to(hidden_states.device).clamp(min=0)[..., None], dim=1)
 
 
 def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=None, ignore_index: int = -100):
@@ -425,12 +434,21 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=No
         num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
     """
     if num_items is None:
-        num_items = (targets != ignore_index).sum().clamp(min=1)
-    num_items = torch.as_tensor(num_items, device=hidden_states.device, dtype=torch.float32)
+        num_items = (targets != ignore_index).sum()
+    num_items = as_divisor(num_items, hidden_states.device)
+    if not torch.is_grad_enabled():  # which the function below cannot see
+        hidden_states, weight = hidden_states.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, ignore_index, dtype)
+
+
+def as_divisor(num_items, device):
+    """What a sum of losses is divided by, as a tensor; 1 in place of 0, since then the sum is 0."""
+    num_items = torch.as_tensor(num_items, device=device, dtype=torch.float32)
+    return num_items.where(num_items != 0, 1)
 
 
 def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_index: int = -100):
@@ -443,13 +461,12 @@ def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_ind
             the sum of their weights.
     """
     logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
-    weights = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    weights = None if class_weights is None else logits.new_tensor(class_weights)
     total = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
         counts = labels != ignore_index
         num_items = counts.sum() if weights is None else (weights[labels * counts] * counts).sum()
-        num_items = num_items.where(num_items > 0, 1)
-    return total / num_items
+    return total / as_divisor(num_items, total.device)
 
 
 def classification_loss(logits, labels, config, num_items=None):
@@ -475,8 +492,8 @@ def classification_loss(logits, labels, config, num_items=None):
     else:
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         if config.class_weights is not None:
-            losses = losses * torch.tensor(config.class_weights, device=losses.device)
-    return losses.sum() / (losses.numel() if num_items is None else num_items)
+            losses = losses * losses.new_tensor(config.class_weights)
+    return losses.sum() / as_divisor(losses.numel() if num_items is None else num_items, losses.device)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -506,7 +523,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 grad_logits = log_probabilities.exp_()  # softmax
                 grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                grad_logits = grad_logits.mul_(counts / num_items).to(dtype)
+                grad_logits = grad_logits.mul_(counts).to(dtype)
                 if needs_hidden:
                     grad_hidden[part] = grad_logits @ matrix
                 if needs_weight and dtype == weight.dtype:
@@ -515,11 +532,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += grad_logits.T @ states
                 if needs_bias:
                     grad_bias += grad_logits.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, num_items)
         return loss / num_items
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # In place, since the weight's gradient is large; a second backward pass is refused by autograd's own check.
-        gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors]
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative: compute logits and their cross-entropy")
+        # Divided only here, where float16's loss scale is there too, or small gradients would be lost. In place, since
+        # the weight's gradient is large; a second backward pass is refused by autograd's own check.
+        *gradients, num_items = ctx.saved_tensors
+        gradients = [None if one is None else one.mul_(grad_loss / num_items) for one in gradients]
         return *gradients, None, None, None, None

@@ -57,6 +57,8 @@ def answer_question(
     stride = max_tokens // 3 if stride is None else stride
     windows = question_windows(tokenizer, [question], [context], max_tokens=max_tokens, stride=stride)
     starts, ends = [], []
+    was_training = model.training
+    model.eval()
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         inputs = {
@@ -70,6 +72,7 @@ def answer_question(
         for row, length in enumerate(lengths):
             starts.append(outputs.start_logits[row, :length].float().cpu())
             ends.append(outputs.end_logits[row, :length].float().cpu())
+    model.train(was_training)
     return best_answers(
         pad_sequence(starts, True),
         pad_sequence(ends, True),

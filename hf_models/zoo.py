@@ -64,7 +64,9 @@ COMPACT = "Turc et al. 2019"
 SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
 
 ZOO: dict[str, ZooEntry] = {
-    "gpt1": _gpt(GPT1, 12, 768, 12, vocab_size=40478, max_position_embeddings=512, norm_position="post"),
+    "gpt1": _gpt(
+        GPT1, 12, 768, 12, vocab_size=40478, max_position_embeddings=512, norm_position="post", residual_init="normal"
+    ),
     "gpt2-small": _gpt(GPT2, 12, 768, 12),
     "gpt2-medium": _gpt(GPT2, 24, 1024, 16),
     "gpt2-large": _gpt(GPT2, 36, 1280, 20),

@@ -51,12 +51,11 @@ def check(folder: str, kind: str):
     asked = labels_for(model_class, tokens)
     loss, expected_loss = (one.train()(tokens, **asked).loss for one in (model, expected))
     assert_close(whole(loss), expected_loss, **SAME)
-    if kind == "fsdp":
-        loss.backward()
-        expected_loss.backward()
-        gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-        for name, parameter in expected.named_parameters():
-            assert_close(gradients[name], parameter.grad, **SAME, msg=lambda text, n=name: f"{n}: {text}")
+    loss.backward()
+    expected_loss.backward()
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    for name, parameter in expected.named_parameters():
+        assert_close(gradients[name], parameter.grad, **SAME, msg=lambda text, n=name: f"{n}: {text}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Two of its promises are that nothing is computed on padding and that nothing but
 can be seen in a result, so here are the results of the plain way.
 """
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -514,3 +516,53 @@ def test_an_answer_outside_the_row_is_not_scored(make_bert, tokens):
     inside = model(tokens[:2], start_positions=torch.tensor([1, 0]), end_positions=torch.tensor([5, 0])).loss
     outside = model(tokens, start_positions=torch.tensor([1, 0, 12]), end_positions=torch.tensor([5, 0, 99])).loss
     assert_close(outside, inside, **SAME)
+
+
+# ------------------------------------------------------------------------------------- what users bring with them
+
+
+def test_a_config_of_transformers_4_is_read(tmp_path):
+    """It wrote out position_embedding_type, in its own word."""
+    written = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "gradient_checkpointing": False}
+    (tmp_path / "config.json").write_text(json.dumps({**written, "position_embedding_type": "absolute"}))
+    config = ZooBertConfig.from_pretrained(tmp_path)
+    assert config.position_embedding_type == "learned" and config.hidden_dropout == 0.1
+    (tmp_path / "config.json").write_text(json.dumps({**written, "position_embedding_type": "relative_key"}))
+    with pytest.raises(Exception, match="position_embedding_type"):
+        ZooBertConfig.from_pretrained(tmp_path)
+
+
+@BACKENDS
+def test_one_row_of_positions_serves_the_whole_batch(make_bert, options, backend, tokens):
+    model = make_bert(attn_implementation=backend, **options)
+    assert_close(model(tokens, position_ids=torch.arange(12)[None]).logits, model(tokens).logits, **SAME)
+
+
+def test_flash_attention_refuses_packed_rows_that_it_would_mix_up(make_bert, flash_calls, sentences):
+    packed = pack(sentences)
+    packed = packed[0] if isinstance(packed, tuple) else packed
+    with pytest.raises(ValueError, match="sdpa"):
+        with_flash(make_bert())(**packed, output_hidden_states=True)
+
+
+def test_a_traced_model_takes_other_shapes(make_bert, sentences):
+    model = make_bert().requires_grad_(False)
+    inputs = sentences["input_ids"], sentences["attention_mask"]
+    traced = torch.jit.trace(lambda ids, mask: model(ids, attention_mask=mask).logits, inputs, check_trace=False)
+    shorter = tuple(tensor[:2, :10] for tensor in inputs)
+    expected = model(shorter[0], attention_mask=shorter[1]).logits
+    real = shorter[1].bool()
+    assert_close(traced(*shorter)[real], expected[real], **SAME)
+
+
+def test_answering_does_not_change_the_mode(make_bert):
+    model = make_bert(ZooBertForQuestionAnswering).train()
+    with pytest.raises(ValueError, match="window"):
+        model.answer(None, "who?", "he", max_tokens=3)
+    assert model.training
+
+
+def test_class_weights_may_be_integers_but_not_of_numbers():
+    assert ZooBertConfig(num_labels=2, class_weights=[1, 2]).class_weights == [1, 2]
+    with pytest.raises(Exception, match="class_weights"):
+        ZooBertConfig(num_labels=1, class_weights=[1], problem_type="regression")

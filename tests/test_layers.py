@@ -15,6 +15,7 @@ from hf_models.layers import (
     TransformerBlock,
     TransformerStack,
     apply_rotary,
+    cross_entropy,
     linear_cross_entropy,
     make_norm,
     rotary_angles,
@@ -409,6 +410,52 @@ def test_the_sum_of_losses_is_divided_by_num_items(problem, num_items):
     hidden_states, weight, targets = problem()
     loss = linear_cross_entropy(hidden_states, weight, targets, num_items)
     assert_close(loss, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum") / 7)
+
+
+def test_a_number_of_items_of_zero_is_a_loss_of_zero(problem):
+    hidden_states, weight, targets = problem()
+    assert linear_cross_entropy(hidden_states, weight, torch.full_like(targets, -100), torch.tensor(0)) == 0
+    assert cross_entropy(hidden_states @ weight.T, torch.full_like(targets, -100), num_items=0) == 0
+
+
+def test_a_bias_is_part_of_the_head(problem):
+    hidden_states, weight, targets = problem()
+    biases = [torch.linspace(-1, 1, 50).requires_grad_() for _ in range(2)]
+    loss = linear_cross_entropy(hidden_states, weight, targets, bias=biases[0])
+    expected = F.cross_entropy(hidden_states @ weight.T + biases[1], targets)
+    assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert_close(biases[0].grad, biases[1].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_small_gradients_survive_float16(problem):
+    """A loss scale reaches the backward pass only, so nothing may be divided before it."""
+    hidden_states, weight, targets = problem()
+    num_items = 2**19
+    _, *expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    hidden_states.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden_states, weight, targets, num_items)
+    (3 * loss).backward()
+    share = (targets != -100).sum() / num_items
+    for actual, whole in zip((hidden_states.grad, weight.grad), expected, strict=True):
+        assert (actual - whole * share).norm() < 0.01 * (whole * share).norm()
+
+
+def test_without_gradients_none_are_computed(problem, monkeypatch):
+    hidden_states, weight, targets = problem()
+    weight.requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "addmm_", None)  # what gathers the weight's gradient
+    with torch.no_grad():
+        linear_cross_entropy(hidden_states, weight, targets)
+
+
+def test_a_second_derivative_is_refused(problem):
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight, targets)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, hidden_states, create_graph=True)
 
 
 def test_another_ignore_index_is_honoured(problem):
