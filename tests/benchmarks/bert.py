@@ -6,7 +6,7 @@
 Both get the same padded batches with the same masks, from the stock collator, and begin with the same weights. The
 lengths are those of sentence pairs of `--data` (pieces of words of up to five letters, and punctuation marks; [CLS]
 and two [SEP]; cut to the longest length); the tokens are random, which changes no time. Timings alternate between the
-two, A B A B, and compare medians.
+two, A B A B, and compare medians. Dropout is off in both.
 """
 
 import argparse
@@ -14,11 +14,9 @@ import gc
 import inspect
 import itertools
 import re
-import subprocess
-import sys
 
 import torch
-from gpt import default_matmul, describe, interleaved
+from gpt import compare_memory, default_matmul, describe, interleaved
 from tokenizers import Tokenizer, models
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
@@ -134,50 +132,21 @@ def benchmark_step(args):
 
 
 def benchmark_memory(args):
-    """Peak resident memory of three training steps, each model in a process of its own: in all, and without weights
-    and moments, which no implementation can save."""
-    print(f"peak memory of a training step on {describe('cpu')}: in all, and beyond weights and AdamW's moments")
     for shape in args.shapes:
-        peaks = {}
-        for name in ("hf_models", "transformers"):
-            command = [sys.executable, __file__, "peak", "--shapes", shape, "--model", name, "--data", args.data]
-            command += ["--full_length"] * args.full_length
-            peaks[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        with torch.device("meta"):
-            resident = 3 * 4 * build(shape, "meta").num_parameters() / 2**20
-        for name, peak in peaks.items():
-            ratios = [(peaks["hf_models"] - kept) / (peak - kept) for kept in (0, resident)]
-            print(
-                f"{shape:<14} {name:<13} {peak:7.0f} MiB, ours is {ratios[0]:.2f}x of it   "
-                f"{peak - resident:7.0f} MiB, ours is {ratios[1]:.2f}x of it"
-            )
-
-
-def benchmark_peak(args):
-    import resource
-
-    (shape,) = args.shapes
-    batches = make_batches(shape, args.data, args.full_length)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = (build if args.model == "hf_models" else build_stock)(shape, "cpu")
-    step = training_step(model, batches, "cpu")
-    for _ in range(3):
-        step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**10 if sys.platform == "linux" else 2**20  # kibibytes on Linux, bytes on macOS
-    print((peak - base) / unit)
+        batches = make_batches(shape, args.data, args.full_length)
+        builders = {"hf_models": build, "transformers": build_stock}
+        compare_memory(shape, builders, lambda model, batches=batches: training_step(model, batches, "cpu"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "memory", "peak"])
+    parser.add_argument("what", choices=["step", "memory"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bert-base"])
     parser.add_argument("--settings", nargs="+", default=["as it comes", "same matmul", "bf16"])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--data", default="embedded", help="texts whose sentence pairs give the lengths")
     parser.add_argument("--full_length", action="store_true", help="every text as long as the longest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     globals()[f"benchmark_{args.what}"](args)
 

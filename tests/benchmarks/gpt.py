@@ -12,13 +12,13 @@ import argparse
 import gc
 import importlib.util
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_models
@@ -147,35 +147,38 @@ def report_gpu(shape, seconds, model):
 
 
 def benchmark_memory(args):
-    """Peak resident memory of three training steps, each model in a process of its own: in all, and without weights
-    and moments, which no implementation can save."""
-    print(f"peak memory of a training step on {describe('cpu')}: in all, and beyond weights and AdamW's moments")
     for shape in args.shapes:
-        peaks = {}
-        for name in ("hf_models", "transformers"):
-            command = [sys.executable, __file__, "peak", "--shapes", shape, "--model", name]
-            peaks[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        with torch.device("meta"):
-            resident = 3 * 4 * ours(shape, "meta").num_parameters() / 2**20
-        for name, peak in peaks.items():
-            ratios = [(peaks["hf_models"] - kept) / (peak - kept) for kept in (0, resident)]
-            print(
-                f"{shape:<16} {name:<14} {peak:7.0f} MiB, ours is {ratios[0]:.2f}x of it   "
-                f"{peak - resident:7.0f} MiB, ours is {ratios[1]:.2f}x of it"
-            )
+        compare_memory(
+            shape, {"hf_models": ours, "transformers": stock}, partial(training_step, shape=shape, device="cpu")
+        )
 
 
-def benchmark_peak(args):
-    import resource
+def compare_memory(shape, builders, make_step):
+    """Prints the most memory that tensors take at once in a training step, as CUDA's `max_memory_allocated` counts it:
+    in all, and beyond weights and AdamW's moments, which no implementation can save.
 
-    build = {"hf_models": ours, "transformers": stock}[args.model]
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = training_step(build(args.shapes[0], "cpu"), args.shapes[0], "cpu")
-    for _ in range(3):
+    builders: name -> function of shape and device that makes a model; make_step: from a model to its training step.
+    """
+    print(f"peak memory of the tensors of a training step, {shape}: in all, and beyond weights and AdamW's moments")
+    peaks = {}
+    for name, build in builders.items():
+        model = build(shape, "cpu")
+        step = make_step(model)
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**10 if sys.platform == "linux" else 2**20  # kibibytes on Linux, bytes on macOS
-    print((peak - base) / unit)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        resident = 3 * sum(parameter.nbytes for parameter in model.parameters())
+        peaks[name] = resident, max(accumulate(event.nbytes() for event in changes))
+        del model, step, profiler, changes
+    for name, (resident, beyond) in peaks.items():
+        whole, rest = ((kept + peaks["hf_models"][1]) / (kept + beyond) for kept in (resident, 0))
+        print(
+            f"{shape:<16} {name:<14} {(resident + beyond) / 2**20:7.0f} MiB, ours is {whole:.2f}x of it   "
+            f"{beyond / 2**20:7.0f} MiB, ours is {rest:.2f}x of it",
+            flush=True,
+        )
 
 
 def benchmark_generate(args):
@@ -223,7 +226,7 @@ def describe(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "memory", "peak", "generate"])
+    parser.add_argument("what", choices=["step", "memory", "generate"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--settings", nargs="+", default=["as it comes", "same matmul", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
@@ -232,7 +235,6 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--float32_only", action="store_true")
     parser.add_argument("--peer-path", help="a clone of nanoGPT")
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.shapes is None:
         args.shapes = ["gpt2-small", "char"] if args.what == "step" else ["gpt2-small"]
