@@ -120,9 +120,9 @@ def train(
         identity: from `identify`.
         unit: what `data.num_units` counts, in the plural: "tokens" are logged as `tokens_per_second`.
         row_length: how many units a sample has room for; the part that was used is logged as `fill`.
-        monitor: the measured value that says which evaluation was the best. Of one whose name ends in "loss" or
-            "perplexity" less is better, of any other more. The checkpoint of the best evaluation is kept, and after
-            `args.patience` evaluations in a row without a better one the training ends.
+        monitor: the measured value that says which evaluation was the best. Of one whose name ends in "loss",
+            "perplexity" or "error" less is better, of any other more. The checkpoint of the best evaluation is kept,
+            and after `args.patience` evaluations in a row without a better one the training ends.
 
     Returns:
         The model, with averaged weights where there is a moving average, and the values measured with these weights.
@@ -211,6 +211,8 @@ def train(
             log.write_evaluation(results)
             if monitor:
                 compare_with_best(best, progress["step"], results)
+            if has_ended() and progress["num_steps"]:  # out of patience: the steps since the last line
+                log.write_training(learning_rate, gradient_norm)
         is_best = best["step"] == progress["step"]
         if stops or is_best or has_ended() or (args.save_every and progress["step"] % args.save_every == 0):
             save()

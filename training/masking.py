@@ -43,8 +43,8 @@ class MaskedRows:
     An epoch permutes the documents, lays them end to end, and cuts the whole into `num_rows` rows, which it permutes
     too. What falls into a row of one document is a sequence, [CLS] tokens [SEP]. So every token is used once, and the
     padding is the few places that special tokens leave over, and the end of the last row; it has position ids of its
-    own, from 0, so that nothing attends to it. The epoch begins at one of the random cuts (there is at least one), so
-    that the text is not cut at the same places every time.
+    own, from 0, so that nothing attends to it. The epoch begins at one of the random cuts, so that the text is not
+    cut at the same places every time; there is at least one, unless no document has two tokens.
     Raises ValueError for a tokenizer without the tokens this needs, an empty text, and an option out of its range.
     """
 
@@ -70,7 +70,7 @@ class MaskedRows:
         self.tokens, self.row_length, self.seed = np.asarray(tokens), row_length, np.atleast_1d(seed).tolist()
         self.next_sentence, self.mask_probability, self.whole_words = next_sentence, mask_probability, whole_words
         self.shuffle, self.vocabulary = shuffle, _vocabulary(tokenizer)
-        self.begins, self.lengths = _documents(self.tokens, separator_id(tokenizer))  # of documents, in tokens
+        self.begins, self.lengths = document_borders(self.tokens, separator_id(tokenizer))  # of documents, in tokens
         if len(self.lengths) == 0:
             raise ValueError("the text has no tokens: give data with at least one non-empty document")
         if next_sentence:
@@ -203,15 +203,17 @@ class MaskedRows:
             other = self.by_length[np.minimum(chosen, len(self.rank) - 1)]
             offset = (where * (self.lengths[other] - needed + 1)).astype(np.int64)
         else:
-            num_others, other, whole = self.lengths[0] >= 8 * needed, document, self.lengths[0]
+            num_others, other, whole = self.lengths[0] >= 8 * needed, document, int(self.lengths[0])
             offset = (own - self.begins[0] + (whole * (0.25 + 0.5 * where)).astype(np.int64)) % (whole - needed + 1)
         is_random = (label < 0.5) & (needed > 0) & (num_others > 0)
-        start = self._sentence_start(self.begins[other] + np.maximum(offset, 0), self.begins[other])
+        # Of a single document B is a quarter away, of which it may give back half.
+        most = 63 if len(self.lengths) > 1 else min(63, whole // 8)
+        start = self._sentence_start(self.begins[other] + np.maximum(offset, 0), self.begins[other], most)
         return np.where(is_random, start - own, 0), is_random
 
-    def _sentence_start(self, position: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        """Back to where a sentence begins among the last 64 tokens, or the document; `position` if there is none."""
-        candidates = np.maximum(position[:, None] - np.arange(64), begin[:, None])
+    def _sentence_start(self, position: np.ndarray, begin: np.ndarray, most: int) -> np.ndarray:
+        """Back, by so many tokens at most, to where a sentence or the document begins; `position` if none does."""
+        candidates = np.maximum(position[:, None] - np.arange(most + 1), begin[:, None])
         is_start = self.vocabulary.ends_sentence[self.tokens[candidates - 1]] | (candidates == begin[:, None])
         return np.where(is_start.any(1), candidates[np.arange(len(position)), is_start.argmax(1)], position)
 
@@ -344,7 +346,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> _Vocabulary:
     )
 
 
-def _documents(tokens: np.ndarray, separator: int) -> tuple[np.ndarray, np.ndarray]:
+def document_borders(tokens: np.ndarray, separator: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each document begins and how many tokens it has, without its separator; no empty ones."""
     size = 2**24  # at a time, as the tokens may be more than the memory holds
     ends = [first + np.flatnonzero(tokens[first : first + size] == separator) for first in range(0, len(tokens), size)]

@@ -73,7 +73,7 @@ def compare_with_best(best: dict[str, Any], step: int, results: dict[str, Any]):
     with user_errors():
         if monitor not in results:
             raise ValueError(f"monitor: {monitor!r} is not measured, only {', '.join(results)}")
-    value, sign = results[monitor], -1 if monitor.endswith(("loss", "perplexity")) else 1
+    value, sign = results[monitor], -1 if monitor.endswith(("loss", "perplexity", "error")) else 1
     if not math.isnan(value) and (best["step"] is None or sign * value > sign * best["value"]):
         best.update(step=step, value=value, results=results, num_worse=0)
     else:
@@ -81,11 +81,12 @@ def compare_with_best(best: dict[str, Any], step: int, results: dict[str, Any]):
 
 
 def forget_lost_best(accelerator: Accelerator, checkpoints: Checkpoints, best: dict[str, Any]):
-    """Says so if the best checkpoint is damaged or gone, and lets another evaluation take its place."""
+    """Says so if the best checkpoint is damaged or gone, and lets another evaluation take its place; patience
+    begins anew."""
     path = checkpoints.path(best["step"])
     if damage := on_main_process(accelerator, lambda: find_damage(path)):
         accelerator.print(f"lost the best weights so far, those of {path.name}: {damage}")
-        best.update(step=None, value=None, results={})
+        best.update(step=None, value=None, results={}, num_worse=0)
 
 
 def return_to_best(accelerator, args, checkpoints: Checkpoints, progress, model, ema: EMA | None) -> dict[str, Any]:

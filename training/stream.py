@@ -156,8 +156,9 @@ class StreamedTokens:
         num_possible = (available - 1) // self.context_length
         if num_possible < 1:
             raise ValueError(
-                f"context_length {self.context_length} needs {self.context_length + 1} tokens, but the stream "
-                f"{self.corpus.source!r} has {available}: shorten the context or give more text"
+                f"a row of {self.context_length} tokens (context_length or row_length) needs "
+                f"{self.context_length + 1}, but the stream {self.corpus.source!r} has {available}: shorten the row or "
+                "give more text"
             )
         num_rows = min(num_possible, self.rows_per_shard)
         size = num_rows * self.context_length

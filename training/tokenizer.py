@@ -39,9 +39,10 @@ def make_tokenizer(
     """
     if kind not in ("char", "bpe", "wordpiece"):
         return _existing_tokenizer(kind, context_length, masked)
-    if corpus.streamed:
-        raise ValueError(f"a {kind!r} tokenizer would read the whole stream; name an existing tokenizer, like 'gpt2'")
     masked = masked or kind == "wordpiece"
+    if corpus.streamed:
+        known = "google-bert/bert-base-uncased" if masked else "gpt2"
+        raise ValueError(f"a {kind!r} tokenizer would read the whole stream; name an existing one, like {known!r}")
     special = BERT_TOKENS if masked else GPT_TOKENS
     if kind == "char":
         backend = _characters(corpus, masked)

@@ -7,23 +7,22 @@ or .parquet file, a folder of them, or a data set's name on the Hub; `--recipe t
 published run; `--help` lists every option. Rows are packed without padding, and only masked tokens are scored.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 import hf_models
 from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.documents import read_documents
+from training.guesses import count_correct, guess_words, pseudo_perplexity
 from training.loop import identify, open_run, train
-from training.masking import MaskedRows, masked_evaluation_rows, sentence_ends
+from training.masking import MaskedRows, masked_evaluation_rows
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
+from training.processes import on_main_process
 from training.results import finish
 from training.stream import StreamedTokens
 from training.text import IGNORED_LABEL, TokenCache, tokenize_documents
@@ -54,7 +53,7 @@ class BertArguments(with_defaults(RunArguments, **QUICKSTART)):
     mask_probability: float = option(0.15, "part of the tokens to predict", "text")
     whole_words: bool = option(False, "mask all pieces of a word together", "text")
     eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
-    scored_rows: int = option(4, "held-out rows whose tokens are masked one by one, for the pseudo-perplexity", "text")
+    scored_rows: int = option(4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text")
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +62,11 @@ class BertArguments(with_defaults(RunArguments, **QUICKSTART)):
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 < self.mask_probability < 1:
             raise ValueError(f"mask_probability must lie between 0 and 1, not {self.mask_probability}")
+
+    @property
+    def masking(self) -> dict[str, Any]:
+        """What `MaskedRows` takes besides the text."""
+        return {name: getattr(self, name) for name in ("next_sentence", "mask_probability", "whole_words")}
 
 
 class BertData:
@@ -94,18 +98,12 @@ class Validation:
         self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
         self.tokens = cache.tokens("validation")
         self.metric = load_metric(MaskedLanguageModeling)
-        next(self.batches())  # raises ValueError now if there is too little text
+        if not any((batch["labels"] != IGNORED_LABEL).any() for batch in self.batches()):
+            raise ValueError("the validation text has no token to mask, only unknown ones: give more text")
 
     def batches(self):
-        return masked_evaluation_rows(
-            self.tokens,
-            self.tokenizer,
-            self.args.row_length,
-            self.args.eval_batch_size,
-            next_sentence=self.args.next_sentence,
-            mask_probability=self.args.mask_probability,
-            whole_words=self.args.whole_words,
-        )
+        size, batch_size = self.args.row_length, self.args.eval_batch_size
+        return masked_evaluation_rows(self.tokens, self.tokenizer, size, batch_size, **self.args.masking)
 
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
@@ -128,69 +126,11 @@ class Validation:
             self.metric.add(**dict(zip((*names, "num_pairs_correct"), found, strict=True)))
         return {f"eval_{name}": value for name, value in self.metric.compute().items()}
 
-    @torch.no_grad()
     def look_closer(self, model) -> dict[str, Any]:
         """Pseudo-perplexity, and ten masked sentences with the model's guesses."""
-        return {"eval_pseudo_perplexity": self.pseudo_perplexity(model), "sample": self.sample(model)}
-
-    def pseudo_perplexity(self, model) -> float:
-        """exp(-1/N sum_t log p(w_t | all others)): each of N held-out tokens is masked alone (Salazar et al. 2020,
-        equations 1 and 2)."""
-        size, nlls = self.args.row_length - 2, []
-        for row in range(self.args.scored_rows):
-            tokens = self.tokens[row * size : (row + 1) * size].astype("int64")
-            tokens = torch.from_numpy(tokens[tokens != self.tokenizer.sep_token_id])
-            for places in torch.arange(len(tokens)).split(self.args.eval_batch_size):
-                scores = self.scores(model, [tokens] * len(places), places)
-                nlls.append(F.cross_entropy(scores, tokens[places], reduction="none"))
-        return math.exp(torch.cat(nlls).double().mean())
-
-    def sample(self, model, num_sentences: int = 10) -> str:
-        """Held-out sentences with one word masked, the model's five best guesses, and the word itself."""
-        lines = []
-        for sentence in self.sentences(num_sentences):
-            words = self.tokenizer.convert_ids_to_tokens(sentence.tolist())
-            candidates = [place for place, word in enumerate(words) if sum(map(str.isalpha, word)) >= 4]
-            place = candidates[len(candidates) // 2]
-            best = self.scores(model, [sentence], torch.tensor([place])).softmax(-1)[0].topk(5)
-            guesses = [
-                f"{self.tokenizer.decode([token]).strip()} {probability:.0%}"
-                for token, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
-            masked = sentence.clone()
-            masked[place] = self.tokenizer.mask_token_id
-            text = " ".join(self.tokenizer.decode(masked).split())
-            lines.append(f"{text}\n    {', '.join(guesses)}  ({self.tokenizer.decode([sentence[place]]).strip()})")
-        return "\n".join(lines)
-
-    def sentences(self, count: int) -> list[torch.Tensor]:
-        """Held-out sentences of middling length that hold a word, spread over the text."""
-        borders = np.flatnonzero(sentence_ends(self.tokenizer)[self.tokens[: 2**20]]) + 1
-        found = []
-        for begin, end in zip(borders[:-1], borders[1:], strict=True):
-            if 8 <= end - begin <= 24:
-                sentence = torch.from_numpy(self.tokens[begin:end].astype("int64"))
-                sentence = sentence[sentence != self.tokenizer.sep_token_id]
-                words = self.tokenizer.convert_ids_to_tokens(sentence.tolist())
-                if any(sum(map(str.isalpha, word)) >= 4 for word in words):
-                    found.append(sentence)
-        return found[:: max(1, len(found) // count)][:count]
-
-    def scores(self, model, sentences: list[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """The scores (B, V) of every token at one place of each sentence (all of one length), which is masked."""
-        device, tokenizer = self.accelerator.device, self.tokenizer
-        rows = F.pad(torch.stack(sentences), (1, 0), value=tokenizer.cls_token_id)
-        rows = F.pad(rows, (0, 1), value=tokenizer.sep_token_id)
-        places = places[:, None] + 1
-        rows = rows.scatter(1, places, tokenizer.mask_token_id)
-        return model(input_ids=rows.to(device), logits_to_keep=places.to(device))[0][:, 0].float().cpu()
-
-
-def count_correct(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, int, int]:
-    """Summed loss, labels that count, and right guesses, of scores (..., C) and labels (...)."""
-    scores, labels = scores.flatten(0, -2).float(), labels.flatten()
-    nll = F.cross_entropy(scores, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    return float(nll), int((labels != IGNORED_LABEL).sum()), int((scores.argmax(-1) == labels).sum())
+        text, size = (model, self.tokenizer, self.tokens), self.args.row_length
+        perplexity = pseudo_perplexity(*text, size, self.args.scored_rows * size, self.args.eval_batch_size)
+        return {"eval_pseudo_perplexity": perplexity, "sample": guess_words(*text, size)}
 
 
 def main():
@@ -204,36 +144,29 @@ def main():
                 validation_fraction=args.validation_fraction,
                 streaming=args.streaming,
             )
-            tokenizer = make_tokenizer(
-                args.tokenizer, corpus, args.vocab_size, context_length=args.row_length, masked=True
-            )
+            size = args.row_length
+            tokenizer = make_tokenizer(args.tokenizer, corpus, args.vocab_size, context_length=size, masked=True)
             cache = tokenize_documents(corpus, tokenizer)
-            options = {
-                "next_sentence": args.next_sentence,
-                "mask_probability": args.mask_probability,
-                "whole_words": args.whole_words,
-            }
 
             def make_rows(tokens, *seed):
-                return MaskedRows(tokens, tokenizer, args.row_length, seed, **options)
+                return MaskedRows(tokens, tokenizer, size, seed, **args.masking)
 
             if corpus.streamed:
                 rows = StreamedTokens(
                     corpus,
                     tokenizer,
-                    args.row_length,
+                    size,
                     args.seed,
                     # The last token of a shard is also the first of the next one.
                     rows_of=lambda tokens, shard: make_rows(tokens[:-1], args.seed, shard),
                     rows_per_shard=max(8192, args.global_batch_size),
                 )
+                on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if it is too short
             else:
                 rows = make_rows(cache.tokens("train"), args.seed)
             validation = Validation(args, accelerator, tokenizer, cache)
             model_class = hf_models.ZooBertForPreTraining if args.next_sentence else hf_models.ZooBertForMaskedLM
-            model = create_text_model(
-                args.model, model_class, tokenizer, args.row_length, accelerator.device, args.config
-            )
+            model = create_text_model(args.model, model_class, tokenizer, size, accelerator.device, args.config)
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
                 f"vocabulary, text from {corpus.source}"
@@ -242,20 +175,15 @@ def main():
                 args,
                 model,
                 corpus.fingerprint,
+                start=args.model,
                 tokenizer=tokenizer_fingerprint(tokenizer),
-                row_length=args.row_length,
-                **options,
+                row_length=size,
+                **args.masking,
             )
         data = BertData(rows, args.global_batch_size, tokenizer.pad_token_id)
+        measure, monitor = validation.measure, "eval_loss" if args.patience else None
         model, results = train(
-            args,
-            accelerator,
-            model,
-            data,
-            validation.measure,
-            identity,
-            unit="tokens",
-            row_length=args.row_length,
+            args, accelerator, model, data, measure, identity, unit="tokens", row_length=size, monitor=monitor
         )
         results |= validation.look_closer(model)
         accelerator.print(f"pseudo-perplexity {results['eval_pseudo_perplexity']:.2f}\n{results['sample']}")

@@ -21,6 +21,7 @@ from training.documents import read_documents
 from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
 from training.models import create_text_model
+from training.processes import on_main_process
 from training.results import finish
 from training.stream import StreamedTokens
 from training.text import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
@@ -145,6 +146,7 @@ def main():
                 rows = StreamedTokens(
                     corpus, tokenizer, args.context_length, args.seed, separator, rows_per_shard=per_shard
                 )
+                on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if it is too short
             else:
                 rows = TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
             validation = Validation(args, accelerator, tokenizer, cache, separator)
@@ -164,6 +166,7 @@ def main():
                 args,
                 model,
                 corpus.fingerprint,
+                start=args.model,
                 tokenizer=tokenizer_fingerprint(tokenizer),
                 context_length=args.context_length,
                 within_document=args.within_document,

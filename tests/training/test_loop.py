@@ -210,7 +210,9 @@ def test_fill_is_the_used_part_of_the_room_in_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize(("monitor", "best"), [("eval_score", 4), ("eval_loss", 2), ("eval_perplexity", 2)])
+@pytest.mark.parametrize(
+    ("monitor", "best"), [("eval_score", 4), ("eval_loss", 2), ("eval_perplexity", 2), ("eval_mean_squared_error", 2)]
+)
 def test_with_a_monitor_the_result_has_the_weights_and_values_of_the_best_evaluation(
     tmp_path, capsys, monitor, best, ema_decay
 ):
@@ -234,6 +236,19 @@ def test_patience_ends_the_training_after_evaluations_that_were_no_better(tmp_pa
     assert data.step == 0 and files(tmp_path / "run") == before
     assert train_line(tmp_path / "run", patience=4)[0]["best_step"] == 4  # more patience: it goes on
     assert list(evaluations(tmp_path / "run")) == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_steps_before_an_end_for_want_of_patience_are_logged_too(tmp_path):
+    train_line(tmp_path, patience=3)
+    assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == [3, 6, 9, 10]
+
+
+def test_a_run_that_ended_early_and_lost_its_best_checkpoint_goes_on(tmp_path, capsys):
+    train_line(tmp_path, patience=3)
+    shutil.rmtree(tmp_path / "checkpoints/step-000004")
+    results, _ = train_line(tmp_path, patience=3)
+    assert results["best_step"] == 12 and list(evaluations(tmp_path)) == [2, 4, 6, 8, 10, 12]
+    assert "lost the best weights so far, those of step-000004" in capsys.readouterr().out
 
 
 def test_patience_counts_only_evaluations_in_a_row(tmp_path):

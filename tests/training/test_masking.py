@@ -123,6 +123,12 @@ def test_rows_are_cut_elsewhere_in_every_epoch_even_in_one_long_document(tokeniz
     assert not set.intersection(*begins) - {FIRST}
 
 
+def test_there_is_a_cut_unless_no_document_has_two_tokens(tokenizer):
+    for lengths, num_cuts in (([1] * 50, 0), ([1] * 50 + [2], 1), ([5000], 1)):
+        rows = MaskedRows(numbered(*lengths), tokenizer, 64, 0, next_sentence=False, short_probability=0)
+        assert rows.num_cuts == num_cuts
+
+
 def test_a_part_of_the_rows_is_cut_into_shorter_sequences(tokenizer):
     def num_sequences(probability):
         rows = MaskedRows(numbered(50_000), tokenizer, 128, 0, next_sentence=False, short_probability=probability)
@@ -306,6 +312,17 @@ def test_of_one_document_the_random_second_sentence_is_far_away(tokenizer):
     distances = [abs(second[0] - first[-1]) for label, first, second in found if label]
     assert len(distances) / len(found) == pytest.approx(0.5, abs=0.1)
     assert min(distances) > 20_000 / 8 - 64 and max(distances) > 10_000
+
+
+def test_of_one_short_document_it_is_never_the_true_continuation(tokenizer):
+    text = numbered(200)
+    text[20] = FULL_STOP  # the only sentence begins behind it
+    rows = MaskedRows(text, tokenizer, 16, 0, next_sentence=True)
+    found = [(first, second) for label, first, second in pairs(rows.rows(0, 1500)) if label == 1]
+    place = {token: n for n, token in enumerate(text.tolist())}
+    assert len(found) > 500
+    for first, second in found:
+        assert abs(place[second[0]] - (place[first[-1]] + 1)) >= 200 / 8
 
 
 def test_without_a_document_long_enough_the_second_sentence_stays(tokenizer):

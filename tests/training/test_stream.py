@@ -114,13 +114,18 @@ def test_a_stream_may_end_at_any_place_in_a_shard(surplus):
 
 def test_a_stream_shorter_than_the_context_or_without_a_tokenizer_is_refused():
     stream, corpus, _ = open_stream(num_documents=6, context_length=500)
-    with pytest.raises(ValueError, match="context_length 500 needs 501 tokens, but the stream 'numbers' has"):
+    with pytest.raises(
+        ValueError, match=r"a row of 500 tokens \(context_length or row_length\) needs 501, but the stream 'numbers'"
+    ):
         stream.rows(0, 1)
     nothing = datasets.Dataset.from_dict({"text": LINES}).to_iterable_dataset().take(0)
     with pytest.raises(ValueError, match="nothing: the stream has no documents"):
         stream_corpus(nothing, source="nothing")
-    with pytest.raises(ValueError, match="would read the whole stream"):
+    with pytest.raises(ValueError, match="would read the whole stream; name an existing one, like 'gpt2'"):
         make_tokenizer("bpe", corpus, context_length=8)
+    for kind in ("bpe", "wordpiece"):  # GPT-2's has no [MASK]
+        with pytest.raises(ValueError, match="name an existing one, like 'google-bert/bert-base-uncased'"):
+            make_tokenizer(kind, corpus, context_length=8, masked=kind == "bpe")
 
 
 def test_only_the_validation_split_of_a_stream_is_tokenised_whole():
