@@ -12,22 +12,16 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from training.documents import Corpus, Documents, fingerprint_of
 from training.metrics import Classification, Entities, Regression, entities, load_metric
 from training.tables import Table
 from training.text import IGNORED_LABEL
-
-# What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token
-# for input_ids. Numbers in place of arrays are not padded.
-FILLERS = {"input_ids": None, "token_type_ids": 0, "labels": IGNORED_LABEL, "start_positions": 0, "end_positions": 0}
 
 
 class Columns(NamedTuple):
@@ -36,25 +30,6 @@ class Columns(NamedTuple):
     text: str
     pair: str | None
     label: str
-
-
-def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, Tensor]:
-    """The tensors of a batch (B, T): the rows on the left, padding on the right, and the mask that tells them apart.
-    T is `length`, by default that of the longest row."""
-    batch = {}
-    for name in FILLERS:
-        if name not in rows[0]:
-            continue
-        values = [torch.as_tensor(row[name]) for row in rows]
-        if values[0].ndim == 0:
-            batch[name] = torch.stack(values)
-        else:
-            filler = pad_token_id if name == "input_ids" else FILLERS[name]
-            padded = pad_sequence([value.long() for value in values], True, filler)
-            batch[name] = padded if length is None else F.pad(padded, (0, length - padded.shape[1]), value=filler)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-    return batch
 
 
 def chunks(examples: list, size: int = 1000) -> Iterator[list]:
@@ -95,7 +70,7 @@ class Task:
         self.prepare(train, label_names)
         self.train = self.examples(train)
         if validation is not None:
-            self.validation = self.examples(validation)
+            self.validation = self.examples(validation, "validation")
         else:
             self.train, self.validation = hold_out(self.train, self.key, validation_fraction, train.parts[0][0])
         self.fingerprint = fingerprint_of(
@@ -105,8 +80,9 @@ class Task:
     def prepare(self, train: Table, label_names: list[str] | None):
         """Whatever has to be known before the first example, such as the names of the classes."""
 
-    def examples(self, table: Table) -> list[dict]:
-        """The table's rows as examples. Raises ValueError naming the file and the row that cannot be one."""
+    def examples(self, table: Table, split: str = "training") -> list[dict]:
+        """The table's rows as examples; notes name the split. Raises ValueError naming the file and the row that
+        cannot be one."""
         raise NotImplementedError
 
     def key(self, example: dict) -> Any:
@@ -116,8 +92,9 @@ class Task:
     def texts(self, example: dict) -> list[str]:
         raise NotImplementedError
 
-    def rows(self, examples: list[dict], tokenizer, max_length: int) -> list[dict]:
-        """What a model reads: token ids of at most `max_length`, and their labels, as arrays and numbers."""
+    def rows(self, examples: list[dict], tokenizer, max_length: int, split: str = "training") -> list[dict]:
+        """What a model reads: token ids of at most `max_length`, and their labels, as arrays and numbers. Notes name
+        the split."""
         raise NotImplementedError
 
     def predictions(self, outputs, batch: dict[str, Tensor]) -> list:
@@ -142,17 +119,23 @@ class Task:
     def name_classes(self, train: Table, labels: Iterable, given: list[str] | None):
         """Sets the classes in the order of their ids: as given, or as the data set names them, or else all labels in
         sorted order (whole numbers by size). Names that do not come from the labels may stand for their numbers."""
+        labels = {_spell(label) for label in labels} - {None}
+        if given is not None and (len(given) < 2 or len(set(given)) < len(given) or "" in given):
+            raise ValueError(f"label_names must be several different names, not {','.join(given)!r}")
         names = given or train.class_names.get(self.columns.label)
-        self.class_of = {str(number): name for number, name in enumerate(names or [])}
+        by_number = {str(number): name for number, name in enumerate(names or [])}
         if names is None:
-            names = sorted({_spell(label) for label in labels} - {None})
-            if all(name.lstrip("-").isdecimal() for name in names):
-                names.sort(key=int)
-        if len(names) < 2 or len(set(names)) < len(names):
+            names = sorted(labels, key=int if all(name.removeprefix("-").isdecimal() for name in labels) else None)
+        if len(names) < 2:
             raise ValueError(
                 f"{train.parts[0][0]}: column {self.columns.label!r} needs several different labels, not {names}"
             )
-        self.class_of |= {name: name for name in names}
+        by_name = {name: name for name in names}
+        if not by_number.keys() & by_name.keys():
+            self.class_of = by_number | by_name
+        else:  # names like "1", "2", "3": one reading for the whole column; a Hub data set holds numbers
+            is_name = given is not None and self.columns.label not in train.class_names and labels <= by_name.keys()
+            self.class_of = by_name if is_name else by_number
         self.label_names = names
 
     def class_name(self, label, where: str) -> str:
@@ -170,9 +153,9 @@ class Task:
 
         return Corpus(documents(self.train), documents(self.validation), self.fingerprint, self.source, self.license)
 
-    def note(self, count: int, of: list, what: str):
+    def note(self, count: int, of: list, what: str, split: str):
         if count:
-            self.notes.append(f"{count} of {len(of)} {what}")
+            self.notes.append(f"{split}: {count} of {len(of)} {what}")
 
 
 class TextTask(Task):
@@ -188,7 +171,7 @@ class TextTask(Task):
     def label(self, value, where: str) -> str | float:
         return self.class_name(value, where)
 
-    def examples(self, table):
+    def examples(self, table, split="training"):
         fields = {"text": text_column(table, self.columns.text, "text_column")}
         if self.columns.pair:
             fields["pair"] = text_column(table, self.columns.pair, "pair_column")
@@ -199,7 +182,7 @@ class TextTask(Task):
     def texts(self, example):
         return [example[name] for name in ("text", "pair") if name in example]
 
-    def rows(self, examples, tokenizer, max_length):
+    def rows(self, examples, tokenizer, max_length, split="training"):
         rows, num_cut = [], 0
         for chunk in chunks(examples):
             texts = ([example[name] for example in chunk] for name in ("text", "pair") if name in chunk[0])
@@ -207,8 +190,8 @@ class TextTask(Task):
             num_cut += sum(bool(encoding.overflowing) for encoding in encodings.encodings)
             for number, example in enumerate(chunk):
                 rows.append({**token_arrays(encodings, number), "labels": self.target(example["label"])})
-        self.note(sum(not any(self.texts(example)) for example in examples), examples, "texts are empty")
-        self.note(num_cut, examples, f"texts were cut to {max_length} tokens")
+        self.note(sum(not any(self.texts(example)) for example in examples), examples, "texts are empty", split)
+        self.note(num_cut, examples, f"texts were cut to {max_length} tokens", split)
         return rows
 
     def target(self, label):
@@ -283,18 +266,14 @@ class TaggingTask(Task):
     monitor = "eval_f1"
 
     def prepare(self, train, label_names):
-        tags = (tag for row in train.column(self.columns.label, "label_column") for tag in row or [])
-        self.name_classes(train, tags, label_names)
+        self.name_classes(train, chain(*list_column(train, self.columns.label, "label_column")), label_names)
 
-    def examples(self, table):
-        all_words = table.column(self.columns.text, "text_column")
-        all_tags = table.column(self.columns.label, "label_column")
+    def examples(self, table, split="training"):
+        all_words = list_column(table, self.columns.text, "text_column")
+        all_tags = list_column(table, self.columns.label, "label_column")
         examples = []
         for row, (words, tags) in enumerate(zip(all_words, all_tags, strict=True)):
             where = table.where(row)
-            for name, values in ((self.columns.text, words), (self.columns.label, tags)):
-                if not isinstance(values, list):
-                    raise ValueError(f"{where}: {name!r} must be a list, with one entry a word, not {values!r}")
             if len(words) != len(tags):
                 raise ValueError(f"{where}: {len(words)} words, but {len(tags)} tags")
             words = [as_text(word, self.columns.text, where) for word in words]
@@ -304,7 +283,7 @@ class TaggingTask(Task):
     def texts(self, example):
         return [" ".join(example["words"])]
 
-    def rows(self, examples, tokenizer, max_length):
+    def rows(self, examples, tokenizer, max_length, split="training"):
         ids = {name: number for number, name in enumerate(self.label_names)}
         rows, num_cut = [], 0
         for chunk in chunks(examples):
@@ -323,7 +302,7 @@ class TaggingTask(Task):
                     first_character += len(word) + 1
                 num_cut += bool(encoding.overflowing)
                 rows.append({**token_arrays(encodings, number), "labels": labels, "words": scored})
-        self.note(num_cut, examples, f"sentences were cut to {max_length} tokens; the words behind count as 'O'")
+        self.note(num_cut, examples, f"sentences were cut to {max_length} tokens; the words behind count as 'O'", split)
         return rows
 
     def predictions(self, outputs, batch):
@@ -360,6 +339,14 @@ class TaggingTask(Task):
 
 def text_column(table: Table, name: str, option: str) -> list[str]:
     return [as_text(value, name, table.where(row)) for row, value in enumerate(table.column(name, option))]
+
+
+def list_column(table: Table, name: str, option: str) -> list[list]:
+    values = table.column(name, option)
+    for row, value in enumerate(values):
+        if not isinstance(value, list):
+            raise ValueError(f"{table.where(row)}: {name!r} must be a list, with one entry a word, not {value!r}")
+    return values
 
 
 def as_text(value, column: str, where: str) -> str:

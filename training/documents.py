@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+# A name that ends in one of these is a file's, of text or of a table, and is not looked for on the Hub.
+FILE_SUFFIXES = (".txt", ".conll", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
 
 class Documents:
     """Texts in a fixed order, read anew at every iteration, so that a corpus may be larger than memory.
@@ -66,8 +69,8 @@ def read_documents(
     """The corpus that `data` names.
 
     data: "embedded"; a .txt (one document), .jsonl or .parquet file (one document a row; .txt.gz and .jsonl.gz too);
-        a folder of such files, in which names like train*, valid* and test* give the splits (test is left out); or
-        a Hub data set, "name" or "name:config".
+        a folder of such files, in which names like train*, valid* or dev*, and test* give the splits (test is left
+        out); or a Hub data set, "name" or "name:config".
     validation_fraction: held out where the data has no validation split. A single document is cut: its last
         characters validate. Of several, those with the smallest sha256 are held out, so that neither their order
         nor duplicates matter.
@@ -86,8 +89,6 @@ def read_documents(
     if is_local:
         corpus = _split(*_local_splits(path, text_column), validation_fraction, data)
         return replace(corpus, source=path.resolve().name)  # errors name the path; a published result need not
-    if path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1 or _file_kind(path):
-        raise ValueError(f"no such file or folder: {data}")
     return _hub_corpus(data, text_column, validation_fraction, streaming)
 
 
@@ -96,20 +97,25 @@ def _embedded_documents() -> list[str]:
     """pydoc's topics, then one document of docstrings for every module of the standard library, in path order."""
     from pydoc_data.topics import topics
 
-    documents, seen = [topics[name] for name in sorted(topics)], set()
+    modules = ["\n\n".join(found) for _, found in embedded_docstrings()]
+    return [topics[name] for name in sorted(topics)] + modules
+
+
+def embedded_docstrings() -> Iterator[tuple[str, list[str]]]:
+    """For every module of the standard library, in path order, its path without suffix and its docstrings."""
+    root, seen = Path(sysconfig.get_path("stdlib")), set()
     skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-    for folder, subfolders, files in os.walk(sysconfig.get_path("stdlib")):
+    for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - skipped)
-        for name in sorted(name for name in files if name.endswith(".py")):
+        for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):
             try:
                 with warnings.catch_warnings(action="ignore"):  # old escapes in the sources
-                    module = ast.parse(Path(folder, name).read_text(encoding="utf-8"))
+                    module = ast.parse(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, SyntaxError):
                 continue
             # Shorter ones say little ("See base class."), repeated ones nothing new.
             found = [text for text in _docstrings(module) if len(text) >= 40 and not (text in seen or seen.add(text))]
-            documents.append("\n\n".join(found))
-    return documents
+            yield path.relative_to(root).with_suffix("").as_posix(), found
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
@@ -128,14 +134,38 @@ def _local_splits(path: Path, text_column: str) -> tuple[Documents, Documents | 
         return _file_documents([path], text_column), None
     groups: dict[str, list[Path]] = {"train": [], "val": [], "test": [], "": []}
     for file in sorted(path.rglob("*")):
-        first_name = file.relative_to(path).parts[0].lower()
+        first_name = file.relative_to(path).parts[0]
         if _file_kind(file) and file.is_file() and not first_name.startswith("."):
-            split = re.match(r"(train|val|test)(ing|id|idation)?(?![a-z])", first_name)  # not "testament.txt"
-            groups[split[1] if split else ""].append(file)
+            groups[split_of(first_name)].append(file)
     train = groups["train"] or groups[""]
     if not train:
         raise ValueError(f"{path}: the folder holds no .txt, .jsonl or .parquet file to train on")
     return _file_documents(train, text_column), _file_documents(groups["val"], text_column) if groups["val"] else None
+
+
+def split_of(name: str) -> str:
+    """The split that a file's or folder's name begins with: "train", "val" (also valid*, dev*), "test"; or ""."""
+    found = re.match(r"(train|val|dev|test)(ing|id|idation|elopment)?(?![a-z])", name.lower())  # not "testament.txt"
+    return "" if found is None else found[1].replace("dev", "val")
+
+
+def load_hub(data: str, streaming: bool = False):
+    """The splits of a Hub data set, "name" or "name:config". Raises ValueError if `data` rather looks like a file, or
+    the data set cannot be loaded or has nothing to train on."""
+    import datasets
+
+    is_file_name = Path(data.removesuffix(".gz")).suffix in FILE_SUFFIXES
+    if is_file_name or data.startswith(("/", ".", "~")) or data.count("/") > 1:
+        raise ValueError(f"no such file or folder: {data}")
+    name, _, config = data.partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script of its own
+        message = f"{data!r} is no local file or folder, and as a Hub data set it cannot be loaded: {error}"
+        raise ValueError(message) from error
+    if "train" not in splits:
+        raise ValueError(f"Hub data set {data!r} has no split 'train', only {sorted(splits)}")
+    return splits
 
 
 def _file_kind(path: Path) -> str:
@@ -193,21 +223,12 @@ def _as_text(value: object, column: str, where: str) -> str:
 
 
 def _hub_corpus(data: str, text_column: str, validation_fraction: float, streaming: bool) -> Corpus:
-    import datasets
-
-    name, _, config = data.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None, streaming=streaming)
-    except (OSError, ValueError) as error:
-        message = f"{data!r} is no local file or folder, and as a Hub data set it cannot be loaded: {error}"
-        raise ValueError(message) from error
-    if "train" not in splits:
-        raise ValueError(f"Hub data set {data!r} has no split 'train', only {sorted(splits)}")
+    splits = load_hub(data, streaming)
     train, validation = splits["train"], splits.get("validation")
     if streaming:
         return stream_corpus(train, validation, text_column=text_column, source=data)
 
-    def documents(dataset: datasets.Dataset) -> Documents:
+    def documents(dataset) -> Documents:
         _check_column(text_column, dataset.column_names, data)
         batches = dataset.select_columns([text_column])
         return Documents.of(

@@ -10,32 +10,27 @@ tells paraphrases apart. `--task` is one of
     tag         words and a tag for each: entities
     qa          a question and the part of a context that answers it
 
-`--data` takes GLUE's names (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli), squad, squad_v2, conll2003; a .csv,
-.tsv, .json, .jsonl or .parquet file or a folder of them; or any data set of the Hub. `--model` takes a checkpoint of
-ours or a stock BERT, for the first three tasks a GPT (ours or GPT-2) too, or a name of the zoo to start from nothing.
+`--data` takes a .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them; GLUE's names (cola, sst2, mrpc, stsb,
+qqp, mnli, qnli, rte, wnli), squad, squad_v2, conll2003; any other data set of the Hub; by default docstrings of the
+standard library, to classify by the package they are from. `--model` takes a checkpoint of ours or a stock BERT, for
+the first three tasks a GPT (ours or GPT-2) too, or a name of the zoo to start from nothing.
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from accelerate.utils import gather_object
+from typing import Literal
 
 from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.classification import FILLERS, Task, collate
-from training.loop import identify, open_run, seed_from, train
-from training.processes import on_main_process
+from training.classification import Task
+from training.labelled import LabelledRows, Validation, weigh_classes
+from training.loop import identify, open_run, train
 from training.results import finish
 from training.task_models import create_task_model, create_tokenizer
 from training.tasks import read_task
-from training.text import IGNORED_LABEL
 from training.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3
-    "data": "",
     "model": "google-bert/bert-base-uncased",
     "learning_rate": 5e-5,
     "schedule": "linear",
@@ -57,6 +52,12 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     class_weights: str | None = option(None, "'balanced', or how much each class counts: '1,4'", "task")
     unanswerable: bool = option(False, "qa: some questions have no answer, as in SQuAD v2", "task")
     stride: int | None = option(None, "qa: tokens that windows share; None: a third of max_length", "task")
+    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task")
+    null_threshold: float | None = option(
+        None, "qa: how far 'no answer' has to score above the best span to be the answer; None: 0", "task"
+    )
+    # As Devlin et al. warm up (run_classifier.py, warmup_proportion).
+    warmup_steps: int | None = option(None, "steps of linear warm-up; None: a tenth of all steps", "optimization")
     epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task")
     monitor: str | None = option(
         None, "measure that decides which weights are best; None: the data set's or the task's usual one", "task"
@@ -70,112 +71,44 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     eval_batch_size: int = option(32, "rows of an evaluation batch", "model")
 
     def __post_init__(self):
+        max_steps = self.max_steps
+        if self.epochs is not None:
+            self.max_steps = sys.maxsize  # whatever it may be: plan_steps knows, and comes here again
         super().__post_init__()
+        self.max_steps = max_steps
         if self.task is None:
             raise ValueError("say what to learn: --task classify, pair, regress, tag or qa")
-        if not self.data:
-            raise ValueError("say what to learn from: --data mrpc, a file, a folder, or a data set of the Hub")
         if self.max_length is None:
             self.max_length = 384 if self.task == "qa" else 128
-        for name, least in {"max_length": 8, "eval_batch_size": 1}.items():
+        least_length = 24 if self.task == "qa" else 8
+        for name, least in {"max_length": least_length, "eval_batch_size": 1, "max_answer_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be above 0, not {self.epochs}")
-        if self.class_weights and self.task in ("regress", "qa"):
-            raise ValueError(f"class_weights: --task {self.task} has no classes")
+        for name in ("class_weights", "label_names"):
+            if getattr(self, name) is not None and self.task in ("regress", "qa"):
+                raise ValueError(f"{name}: --task {self.task} has no classes")
+        if self.pair_column is not None and self.task in ("classify", "tag"):
+            raise ValueError(f"pair_column: --task {self.task} reads one text; for two there is --task pair")
+        for name in ("unanswerable", "stride", "max_answer_tokens", "null_threshold"):
+            if self.task != "qa" and getattr(self, name) != getattr(FineTuningArguments, name):
+                raise ValueError(f"{name} belongs to --task qa, not to {self.task}")
+        if self.stride is not None and not 0 <= self.stride <= self.max_length // 2:
+            raise ValueError(f"stride must lie between 0 and half of max_length {self.max_length}, not {self.stride}")
+        if self.null_threshold is not None and math.isnan(self.null_threshold):
+            raise ValueError("null_threshold must be a number, not nan")
 
 
-class LabelledRows:
-    """The training rows as the loop asks for them: every epoch in a new order, a function of seed and epoch."""
-
-    def __init__(self, rows: list[dict], args: FineTuningArguments, pad_token_id: int, class_weights=None):
-        self.rows = [{name: row[name] for name in row.keys() & FILLERS.keys()} for row in rows]
-        self.seed, self.global_batch_size, self.pad_token_id = args.seed, args.global_batch_size, pad_token_id
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
-        # An answer's places compete with the padding too, and the loss must not depend on who shares the micro-batch.
-        self.length = args.max_length if args.task == "qa" else None
-        self.epoch, self.order = -1, None
-
-    def row(self, sample: int) -> dict:
-        epoch, place = divmod(sample, len(self.rows))
-        if epoch != self.epoch:
-            generator = np.random.default_rng(seed_from(self.seed, epoch))
-            self.epoch, self.order = epoch, generator.permutation(len(self.rows))
-        return self.rows[self.order[place]]
-
-    def batch(self, step, positions):
-        first = step * self.global_batch_size
-        return collate([self.row(first + position) for position in positions], self.pad_token_id, self.length)
-
-    def num_items(self, batch):
-        """Labels, or the sum of their classes' weights; for question answering windows."""
-        if "labels" not in batch:
-            return len(batch["input_ids"])
-        labels = batch["labels"][batch["labels"] != IGNORED_LABEL]
-        return len(labels) if self.class_weights is None else float(self.class_weights[labels].sum())
-
-    def num_units(self, batch):
-        return len(batch["input_ids"])
-
-    def external_files(self):
-        return {}
-
-
-class Validation:
-    """The task's measures over the whole validation part, and a few answers to read."""
-
-    def __init__(self, args: FineTuningArguments, accelerator, task: Task, rows: list[dict], data: LabelledRows):
-        self.args, self.accelerator, self.task, self.rows, self.data = args, accelerator, task, rows, data
-        self.order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))  # little padding
-
-    @torch.no_grad()
-    def measure(self, model) -> dict[str, Any]:
-        """Every process takes every n-th batch; the measures are computed once, over all rows together."""
-        rank, device, size = self.accelerator.process_index, self.accelerator.device, self.args.eval_batch_size
-        batches = (self.order[first : first + size] for first in range(0, len(self.order), size))
-        found = []
-        while turn := list(islice(batches, self.accelerator.num_processes)):
-            # A process without a batch in the last turn runs another's and does not count it: under FSDP all must run.
-            numbers = turn[min(rank, len(turn) - 1)]
-            batch = collate([self.rows[number] for number in numbers], self.data.pad_token_id, self.data.length)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = model(**inputs, num_items_in_batch=1)
-            if rank < len(turn):
-                predictions = self.task.predictions(outputs, batch)
-                found.append((float(outputs.loss), self.data.num_items(batch), numbers, predictions))
-        found = gather_object(found)
-        return on_main_process(self.accelerator, lambda: self.results(found))
-
-    def results(self, found: list[tuple]) -> dict[str, Any]:
-        """The measures, from the loss, its normaliser, the rows and the predictions of every batch."""
-        losses, num_items, numbers, predictions = zip(*found, strict=True)
-        predicted = dict(zip(chain(*numbers), chain(*predictions), strict=True))
-        examples = self.task.validation
-        answers = self.task.answers(examples, self.rows, [predicted[number] for number in range(len(self.rows))])
-        measures = {"loss": math.fsum(losses) / (sum(num_items) or 1), **self.task.measure(examples, answers)}
-        sample = [self.task.show(example, answer) for example, answer in zip(examples, answers, strict=True)][:3]
-        return {**{f"eval_{name}": value for name, value in measures.items()}, "sample": "\n".join(sample)}
-
-
-def weigh_classes(args: FineTuningArguments, task: Task, rows: list[dict]) -> list[float] | None:
-    """How much each class counts; "balanced": in inverse proportion to its share of the labels, 1 on average."""
-    if args.class_weights is None:
-        return None
-    if args.class_weights != "balanced":
-        try:
-            weights = [float(weight) for weight in args.class_weights.split(",")]
-        except ValueError:
-            weights = []
-        if len(weights) != len(task.label_names) or not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(
-                f"class_weights must be 'balanced' or {len(task.label_names)} positive numbers, for "
-                f"{', '.join(task.label_names)}; not {args.class_weights!r}"
-            )
-        return weights
-    labels = np.concatenate([np.atleast_1d(row["labels"]) for row in rows])
-    counts = np.bincount(labels[labels != IGNORED_LABEL], minlength=len(task.label_names))
-    return (counts.sum() / (len(counts) * counts.clip(min=1))).tolist()
+def plan_steps(args: FineTuningArguments, num_rows: int) -> FineTuningArguments:
+    """The arguments with their number of steps, and of steps to warm up, for this many rows."""
+    steps = args.max_steps
+    if args.epochs is not None:
+        steps = math.ceil(args.epochs * num_rows / args.global_batch_size)
+    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"warmup_steps is {warmup}, but there are only {steps} steps: give fewer")
+    return replace(args, max_steps=steps, warmup_steps=warmup, epochs=None)
 
 
 def choose_monitor(args: FineTuningArguments, task: Task) -> str:
@@ -193,7 +126,8 @@ def main():
         args = parse_arguments(FineTuningArguments)
     with open_run(args) as accelerator:
         with user_errors():
-            options = {"stride": args.stride} if args.task == "qa" else {}
+            names = ("stride", "max_answer_tokens", "null_threshold") if args.task == "qa" else ()
+            options = {name: getattr(args, name) for name in names}
             task = read_task(
                 args.task,
                 args.data,
@@ -201,7 +135,7 @@ def main():
                 text_column=args.text_column,
                 pair_column=args.pair_column,
                 label_column=args.label_column,
-                label_names=args.label_names.split(",") if args.label_names else None,
+                label_names=None if args.label_names is None else [*map(str.strip, args.label_names.split(","))],
                 validation_fraction=args.validation_fraction,
                 unanswerable=args.unanswerable,
                 **options,
@@ -209,15 +143,16 @@ def main():
             monitor = choose_monitor(args, task)
             tokenizer = create_tokenizer(args.model, args.tokenizer, task, args.vocab_size, args.max_length)
             rows = task.rows(task.train, tokenizer, args.max_length)
-            if args.epochs is not None:
-                args = replace(args, max_steps=math.ceil(args.epochs * len(rows) / args.global_batch_size))
-            class_weights = weigh_classes(args, task, rows)
+            args = plan_steps(args, len(rows))
+            class_weights = weigh_classes(args.class_weights, task.label_names, rows)
             model = create_task_model(
                 args.model, task, tokenizer, args.max_length, accelerator.device, args.config, class_weights
             )
-            data = LabelledRows(rows, args, tokenizer.pad_token_id, class_weights)
-            validation_rows = task.rows(task.validation, tokenizer, args.max_length)
-            validation = Validation(args, accelerator, task, validation_rows, data)
+            # An answer's places compete with the padding too, and the loss must not depend on who shares the batch.
+            length = args.max_length if args.task == "qa" else None
+            data = LabelledRows(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
+            validation_rows = task.rows(task.validation, tokenizer, args.max_length, "validation")
+            validation = Validation(accelerator, task, validation_rows, data, args.eval_batch_size)
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(rows):,} rows to train on "
                 f"and {len(validation_rows):,} to validate on, from {task.source}"
@@ -232,8 +167,8 @@ def main():
                 start=args.model,
                 tokenizer=tokenizer_fingerprint(tokenizer),
                 max_length=args.max_length,
-                stride=args.stride,
                 monitor=monitor,
+                **options,
             )
         model, results = train(
             args, accelerator, model, data, validation.measure, identity, unit="examples", monitor=monitor

@@ -1,9 +1,12 @@
 """The model that `--model` names: a fresh one of the zoo, or a checkpoint to start from."""
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_models import create_model
 from training.arguments import parse_fields
@@ -21,6 +24,9 @@ def create_text_model(
     num_tokens: int,
     device: torch.device,
     config: str | None = None,
+    new_head: bool = False,
+    length_option: str = "row_length or context_length",
+    **fields,
 ) -> PreTrainedModel:
     """A fresh model of the zoo that fits the tokenizer, or a checkpoint of the same family, ours or stock, to go on
     from.
@@ -28,13 +34,24 @@ def create_text_model(
     Args:
         num_tokens: the most tokens of a row.
         config: fields to change in the config, as `--config` takes them.
+        new_head: a head of another size than the checkpoint's begins anew.
+        length_option: the option that `num_tokens` comes from, for an error.
+        **fields: more fields of the config.
 
     Raises:
-        ValueError: the zoo has no such name, or the checkpoint has another vocabulary or fewer positions.
+        ValueError: the zoo has no such name, the config no such field, or the checkpoint has another vocabulary, other
+            sizes or fewer positions.
     """
-    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **parse_fields(config)}
+    given = parse_fields(config)
+    check_fields(model_class.config_class, given)
+    fields = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **fields, **given}
     if is_checkpoint(name):
-        model = model_class.from_pretrained(name, dtype=torch.float32, **options)
+        model, info = model_class.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **fields
+        )
+        for key, *_ in sorted(info["mismatched_keys"]):  # these would begin anew
+            if not new_head or key.startswith(f"{model.base_model_prefix}."):
+                raise ValueError(f"config: {key} of {name} has another size; leave its size unchanged")
         if len(tokenizer) > model.config.vocab_size or not is_own_tokenizer(tokenizer, name):
             raise ValueError(
                 f"the tokenizer, of {len(tokenizer)} tokens, is not the one {name} was trained with, of "
@@ -48,12 +65,24 @@ def create_text_model(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        model = create_model(name, model_class, **{**from_data, **options})
+        model = create_model(name, model_class, **{**from_data, **fields})
     if num_tokens > model.config.max_position_embeddings:
         raise ValueError(
-            f"{num_tokens} tokens a row is more than the {model.config.max_position_embeddings} positions of {name}"
+            f"{length_option} {num_tokens} is more than the {model.config.max_position_embeddings} positions of "
+            f"{name}: give at most {model.config.max_position_embeddings}"
         )
     return model
+
+
+def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
+    """Raises ValueError for a name that is no field of the config, with the nearest one that is."""
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    known |= {"num_labels", "attn_implementation"}
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"config: {config_class.__name__} has no field {name!r}{hint}")
 
 
 def is_own_tokenizer(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> bool:

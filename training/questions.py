@@ -20,7 +20,8 @@ class QuestionTask(Task):
         unanswerable: whether a question may have no answer, as in SQuAD v2.
         stride: tokens that two windows over a long context share. Default: a third of a window.
         max_answer_tokens: longest answer that is looked for.
-        null_threshold: how far "no answer" has to score above the best span to be the answer.
+        null_threshold: how far "no answer" has to score above the best span to be the answer. Default: 0 where a
+            question may have no answer.
     """
 
     head = "QuestionAnswering"
@@ -36,17 +37,19 @@ class QuestionTask(Task):
         unanswerable: bool = False,
         stride: int | None = None,
         max_answer_tokens: int = 30,
-        null_threshold: float = 0.0,
+        null_threshold: float | None = None,
         **options,
     ):
         self.unanswerable, self.stride, self.max_answer_tokens = unanswerable, stride, max_answer_tokens
-        self.null_threshold = null_threshold if unanswerable else None
+        if null_threshold is not None and not unanswerable:
+            raise ValueError("null_threshold: every question of this data has an answer; or give --unanswerable")
+        self.null_threshold = (null_threshold or 0.0) if unanswerable else None
         super().__init__(train, validation, columns, **options)
         self.train = [example for example in self.train if example.get("start", 0) is not None]
         if not self.train:
             raise ValueError(f"{train.parts[0][0]}: no question is left to train on")
 
-    def examples(self, table):
+    def examples(self, table, split="training"):
         fields = {
             "question": text_column(table, self.columns.text, "text_column"),
             "context": text_column(table, self.columns.pair, "pair_column"),
@@ -64,7 +67,8 @@ class QuestionTask(Task):
                     misplaced.append(f"{example['answers'][0][0]!r} ({where})")
             examples.append(example)
         named = ", ".join(misplaced[:3]) + (", ..." if len(misplaced) > 3 else "")
-        self.note(len(misplaced), examples, f"answers are not in their context and not trained on: {named}")
+        outcome = "and not trained on" if split == "training" else "where the model looks for them"
+        self.note(len(misplaced), examples, f"answers are not in their context, {outcome}: {named}", split)
         return examples
 
     def key(self, example):
@@ -73,7 +77,7 @@ class QuestionTask(Task):
     def texts(self, example):
         return [example["question"], example["context"]]
 
-    def rows(self, examples, tokenizer, max_length):
+    def rows(self, examples, tokenizer, max_length, split="training"):
         """One row for each window; `example` is the index of its question.
 
         A window that does not hold the whole answer points at its first token, [CLS] (Devlin et al. 2019, section 4.3).
@@ -136,6 +140,9 @@ def read_answers(value, column: str, where: str) -> list[tuple[str, int | None]]
     if not isinstance(value, list) or not all(isinstance(answer, dict) and "text" in answer for answer in value):
         raise ValueError(f'{where}: {column!r} must be {{"text": [...], "answer_start": [...]}}, not {value!r}')
     answers = [(as_text(answer["text"], column, where), answer.get("answer_start")) for answer in value]
+    for _, start in answers:
+        if not isinstance(start, int | None):
+            raise ValueError(f"{where}: answer_start in {column!r} must be a whole number, not {start!r}")
     return [(text, start) for text, start in answers if text.strip()]
 
 

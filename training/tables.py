@@ -8,11 +8,14 @@ Values stay as they are written: nothing is guessed from a column, and "NA" is a
 
 import csv
 import json
-import re
+import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from training.documents import embedded_docstrings, load_hub, split_of
 
 
 @dataclass
@@ -54,8 +57,6 @@ def read_tables(data: str, validation_data: str | None = None) -> tuple[Table, T
     """
     path = Path(data).expanduser()
     if not path.exists():
-        if path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1 or path.suffix in READERS:
-            raise ValueError(f"no such file or folder: {data}")
         train, validation = read_hub(data)
     elif path.is_dir():
         train, validation = _read_folder(path)
@@ -72,14 +73,7 @@ def read_hub(data: str, validation_split: str = "validation") -> tuple[Table, Ta
     """The splits of a Hub data set. Raises ValueError if it cannot be loaded or has nothing to train on."""
     import datasets
 
-    name, _, config = data.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script of its own
-        message = f"{data!r} is no local file or folder, and as a Hub data set it cannot be loaded: {error}"
-        raise ValueError(message) from error
-    if "train" not in splits:
-        raise ValueError(f"Hub data set {data!r} has no split 'train', only {sorted(splits)}")
+    splits = load_hub(data)
 
     def table(split: str) -> Table:
         dataset = splits[split]
@@ -94,13 +88,26 @@ def read_hub(data: str, validation_split: str = "validation") -> tuple[Table, Ta
     return table("train"), table(validation_split) if validation_split in splits else None
 
 
+def read_embedded(num_classes: int = 10) -> Table:
+    """Docstrings of CPython's standard library, and the package that each is from, for the largest packages."""
+    packages: dict[str, list[str]] = {}
+    for module, docstrings in embedded_docstrings():
+        if "/" in module:
+            packages.setdefault(module.split("/")[0], []).extend(docstrings)
+    largest = sorted(packages, key=lambda name: (-len(packages[name]), name))[:num_classes]
+    columns = {
+        "text": [text for name in largest for text in packages[name]],
+        "label": [name for name in largest for _ in packages[name]],
+    }
+    source = f"docstrings of CPython {platform.python_version()}'s {num_classes} largest packages"
+    return Table(columns, [(source, len(columns["text"]))], license="PSF-2.0")
+
+
 def _read_folder(folder: Path) -> tuple[Table, Table | None]:
     groups: dict[str, list[Path]] = {"train": [], "val": [], "test": [], "": []}
     for file in sorted(folder.iterdir()):
         if file.suffix in READERS and file.is_file() and not file.name.startswith("."):
-            split = re.match(r"(train|val|dev|test)(ing|id|idation)?(?![a-z])", file.name.lower())  # not "testament"
-            name = split[1] if split else ""
-            groups["val" if name == "dev" else name].append(file)
+            groups[split_of(file.name)].append(file)
     train = groups["train"] or groups[""]
     if not train:
         raise ValueError(f"{folder}: the folder holds no {', '.join(READERS)} file to train on")
@@ -122,7 +129,7 @@ def _read_files(files: list[Path]) -> Table:
             raise ValueError(f"{file}: expected a file of the kind {', '.join(READERS)}")
         try:
             rows, version = READERS[file.suffix](file)
-        except (UnicodeDecodeError, csv.Error, KeyError) as error:
+        except (UnicodeDecodeError, csv.Error, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be read ({error}): it is damaged or not what its name says") from error
         if not rows:
             raise ValueError(f"{file} has no rows")
@@ -143,8 +150,11 @@ def _read_csv(path: Path) -> tuple[list[dict], str]:
     is_tabbed = path.suffix == ".tsv"
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tabbed else {"strict": True}
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(sys.maxsize)  # by default a field of 131,072 characters is an error
         lines = csv.reader(file, **form)
         header = next(lines, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: two columns have the same name, of {header}; rename one")
         rows = []
         for number, line in enumerate(filter(None, lines), start=1):
             if len(line) != len(header):

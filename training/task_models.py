@@ -6,9 +6,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_models
 from hf_models.zoo import find_entry
-from training.arguments import parse_fields
 from training.classification import RegressionTask, Task
-from training.models import is_checkpoint
+from training.models import create_text_model, is_checkpoint
 from training.tokenizer import make_tokenizer
 
 
@@ -82,24 +81,17 @@ def create_task_model(
     model_class = getattr(hf_models, f"Zoo{family}For{task.head}", None)
     if model_class is None:
         raise ValueError(f"a {family} has no head for this task ({task.pipeline}): start from a BERT")
-    options = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", "class_weights": class_weights}
-    options["pad_token_id"] = tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
+    if pad == tokenizer.eos_token_id:
+        pad = None  # or without a mask a GPT would take the end of the text, which it answers at, for padding
+    fields = {"class_weights": class_weights, "pad_token_id": pad}
     if task.label_names:
-        options["id2label"] = dict(enumerate(task.label_names))
-        options["label2id"] = {name: number for number, name in enumerate(task.label_names)}
+        fields["id2label"] = dict(enumerate(task.label_names))
+        fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
     if task.head == "SequenceClassification":
-        options["problem_type"] = "regression" if isinstance(task, RegressionTask) else "single_label_classification"
-    options |= parse_fields(config)
-    if is_checkpoint(name):
-        model = model_class.from_pretrained(name, dtype=torch.float32, ignore_mismatched_sizes=True, **options)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {name} {model.config.vocab_size}")
-    else:
-        model = hf_models.create_model(name, model_class, vocab_size=len(tokenizer), **options)
-    if max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"max_length {max_length} is more than the {model.config.max_position_embeddings} positions of {name}"
-        )
+        fields["problem_type"] = "regression" if isinstance(task, RegressionTask) else "single_label_classification"
     if task.head == "QuestionAnswering":
-        model.config.null_threshold = task.null_threshold
-    return model
+        fields["null_threshold"] = task.null_threshold
+    return create_text_model(
+        name, model_class, tokenizer, max_length, device, config, new_head=True, length_option="max_length", **fields
+    )

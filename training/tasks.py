@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from training.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
 from training.questions import QuestionTask
-from training.tables import Table, read_hub, read_tables
+from training.tables import Table, read_embedded, read_hub, read_tables
 
 TASKS = {"classify": TextTask, "pair": TextTask, "regress": RegressionTask, "tag": TaggingTask, "qa": QuestionTask}
 
@@ -89,8 +89,8 @@ def read_task(
 
     Args:
         kind: "classify", "pair", "regress", "tag" or "qa".
-        data: one of `BENCHMARKS`, or what `tables.read_tables` reads.
-        validation_data: a file to validate on.
+        data: one of `BENCHMARKS`, "embedded" (to classify), or what `tables.read_tables` reads.
+        validation_data: a file to validate on; not for `BENCHMARKS` and "embedded", which also know their columns.
         text_column, pair_column, label_column: for "qa" those of question, context and answers. By default the usual
             names.
         label_names: the classes in the order of their ids.
@@ -103,6 +103,11 @@ def read_task(
     """
     benchmark = None if Path(data).exists() else BENCHMARKS.get(data)
     monitor = None
+    if benchmark is not None or data == "embedded":
+        chosen = {"validation_data": validation_data, "text_column": text_column, "pair_column": pair_column}
+        for name, value in {**chosen, "label_column": label_column}.items():
+            if value is not None:
+                raise ValueError(f"{name}: --data {data} has its own; leave --{name} out")
     if benchmark is not None:
         if kind != benchmark.kind:
             raise ValueError(f"{data} is a data set for --task {benchmark.kind}, not {kind}")
@@ -110,6 +115,11 @@ def read_task(
         columns, monitor = benchmark.columns, benchmark.monitor
         label_names = label_names or benchmark.label_names
         source = data
+    elif data == "embedded":
+        if kind != "classify":
+            raise ValueError(f"there is no embedded data for --task {kind}: name some with --data")
+        train, validation, columns = read_embedded(), None, Columns("text", None, "label")
+        source = train.parts[0][0]
     else:
         train, validation = read_tables(data, validation_data)
         columns = choose_columns(kind, train, Columns(text_column, pair_column, label_column))

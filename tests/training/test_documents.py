@@ -86,6 +86,22 @@ def test_a_folder_names_its_splits(tmp_path):
     assert list(read_documents(str(tmp_path)).train) == ["about it", "to learn"]
 
 
+@pytest.mark.parametrize(
+    "name, split",
+    [("train-1.csv", "train"), ("Training", "train"), ("valid.txt", "val"), ("validation", "val"), ("dev.jsonl", "val"),
+     ("development", "val"), ("test_b.txt", "test"), ("testament.txt", ""), ("device.txt", ""), ("notes.txt", "")],
+)  # fmt: skip
+def test_a_name_begins_with_its_split(name, split):
+    assert documents.split_of(name) == split
+
+
+def test_development_documents_are_not_trained_on(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ["to learn"])
+    write_jsonl(tmp_path / "dev.jsonl", ["to validate"])
+    corpus = read_documents(str(tmp_path))
+    assert (list(corpus.train), list(corpus.validation)) == (["to learn"], ["to validate"])
+
+
 def test_any_changed_character_changes_the_fingerprint(tmp_path):
     one, other = (read_documents(write_text(tmp_path / "a.txt", STORY + end)) for end in (".", "!"))
     assert one.fingerprint != other.fingerprint

@@ -18,13 +18,12 @@ import hf_models
 from tests.training.test_tasks import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
 from training import finetune_bert, loop
 from training.arguments import parse_arguments
-from training.finetune_bert import FineTuningArguments, LabelledRows
+from training.finetune_bert import FineTuningArguments, plan_steps
+from training.labelled import LabelledRows, weigh_classes
+from training.models import create_text_model
 from training.task_models import end_texts
-from training.tasks import BENCHMARKS
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
-
-RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("finetune-*.yaml"))
 
 needs_real_data = pytest.mark.skipif(
     not REAL_DATA.exists(), reason="HF_MODELS_TEST_DATA does not name a folder with hf_fixtures"
@@ -33,7 +32,7 @@ needs_real_data = pytest.mark.skipif(
 # Large first weights: a tiny model then learns by heart in seconds.
 TINY = "hidden_size=64,num_attention_heads=2,intermediate_size=128,norm_position=pre,initializer_range=0.1"
 FAST = ["--model", "bert-tiny", "--config", TINY, "--vocab_size", "1000", "--max_length", "128", "--weight_decay", "0"]
-FAST += ["--learning_rate", "3e-3", "--warmup_steps", "10", "--global_batch_size", "16"]
+FAST += ["--learning_rate", "3e-3", "--global_batch_size", "16"]
 
 SENTIMENT = [(f"{how} {what}", "good" if how in ("fine", "great") else "bad")
              for how in ("fine", "great", "poor", "dull") for what in ("day", "film", "book")]  # fmt: skip
@@ -94,6 +93,11 @@ def run_snippet(snippet: str) -> tuple[str, dict]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(snippet, names)
     return printed.getvalue(), names
+
+
+def test_spaces_around_the_names_of_classes_are_not_part_of_them(finetune, data, tmp_path):
+    finetune("classify", data["classify"], "--label_names", "good, bad", "--max_steps", "1")
+    assert hf_models.ZooBertConfig.from_pretrained(tmp_path / "run").id2label == {0: "good", 1: "bad"}
 
 
 def check_classes(names):
@@ -185,6 +189,15 @@ def test_a_gpt_is_fine_tuned_with_the_same_script(finetune, data, gpt, task, tmp
     assert again[f"eval_{MEASURE[task]}"] >= 0.9  # its head came along
 
 
+def test_a_gpt_answers_at_the_end_of_a_text_with_and_without_a_mask(finetune, data, gpt, tmp_path):
+    finetune("classify", data["classify"], "--model", gpt, "--config", "", "--max_steps", "2")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", trust_remote_code=True).eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "run")("fine day", return_tensors="pt")
+    with torch.no_grad():
+        masked, plain = model(**inputs).logits, model(inputs["input_ids"]).logits
+    assert torch.equal(masked, plain)
+
+
 def test_a_gpts_texts_end_with_the_token_that_is_asked(tokenizer):
     ended = end_texts(tokenizer)
     end = tokenizer.eos_token_id
@@ -219,6 +232,43 @@ def test_a_stock_bert_is_the_start_with_its_own_tokenizer(finetune, data, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.fixture
+def tuned(finetune, data, tmp_path):
+    """A folder with a BERT of 128 positions."""
+    finetune("classify", data["classify"], "--max_steps", "1", folder="tuned")
+    return tmp_path / "tuned"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--config", "intermediate_size=64"],
+            r"config: bert\.layers\.0\..* of .*tuned has another size; leave its size",
+        ),
+        (["--config", "hiden_size=64"], r"config: ZooBertConfig has no field 'hiden_size'; did you mean hidden_size\?"),
+        (
+            ["--config", "", "--max_length", "200"],
+            "max_length 200 is more than the 128 positions of .*: give at most 128",
+        ),
+    ],
+)
+def test_a_checkpoint_keeps_its_sizes(finetune, data, tuned, capsys, options, message):
+    with pytest.raises(SystemExit):
+        finetune("classify", data["classify"], "--model", tuned, *options)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(message, error)
+
+
+def test_a_head_of_another_size_is_only_replaced_where_it_may_be(tuned):
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    options = {"device": torch.device("cpu"), "num_labels": 3}
+    model_class = hf_models.ZooBertForSequenceClassification
+    assert create_text_model(str(tuned), model_class, tokenizer, 16, new_head=True, **options).num_labels == 3
+    with pytest.raises(ValueError, match=r"config: classifier\.bias of .* has another size"):
+        create_text_model(str(tuned), model_class, tokenizer, 16, **options)
+
+
 def test_a_head_of_another_size_is_replaced(finetune, data, tmp_path):
     finetune("classify", data["classify"], "--max_steps", "1")
     rows = [(f"text {number}", str(number % 3)) for number in range(6)]
@@ -232,8 +282,7 @@ def test_a_head_of_another_size_is_replaced(finetune, data, tmp_path):
 
 def labelled_rows(count, **options):
     rows = [{"input_ids": torch.arange(2 + number % 3).numpy(), "labels": number % 4} for number in range(count)]
-    args = parse_arguments(FineTuningArguments, ["--task", "classify", "--data", "x", "--global_batch_size", "8"])
-    return LabelledRows(rows, args, pad_token_id=0, **options)
+    return LabelledRows(rows, seed=1337, global_batch_size=8, pad_token_id=0, **options)
 
 
 def test_every_epoch_has_every_row_once_and_an_order_of_its_own():
@@ -253,6 +302,18 @@ def test_classes_weigh_in_the_normaliser():
     batch = plain.batch(0, range(8))
     assert plain.num_items(batch) == plain.num_units(batch) == 8
     assert weighted.num_items(batch) == pytest.approx(sum(weights[label] for label in batch["labels"]))
+
+
+def test_balanced_weights_are_1_on_average_over_the_labels_even_without_one_of_the_classes():
+    labels = [0, 0, 0, 2, 2, 3]
+    weights = weigh_classes("balanced", ["a", "b", "c", "d"], [{"labels": label} for label in labels])
+    assert sum(weights[label] for label in labels) / len(labels) == pytest.approx(1.0)
+    assert weights == pytest.approx([2 / 3, 1.0, 1.0, 2.0])
+
+
+def test_a_number_to_predict_may_be_any_even_the_mark_of_labels_that_do_not_count():
+    data = labelled_rows(2)
+    assert data.num_items({"input_ids": torch.zeros(3, 2), "labels": torch.tensor([-100.0, 1.0, 2.0])}) == 3
 
 
 @pytest.mark.parametrize("task", MEASURE)
@@ -294,6 +355,27 @@ def test_epochs_set_the_number_of_steps(finetune, data, tmp_path):
     assert last["step"] == 8  # 2.5 * 12 rows / 4
 
 
+def planned(*options, num_rows=1000):
+    args = parse_arguments(FineTuningArguments, ["--task", "classify", "--global_batch_size", "10", *options])
+    args = plan_steps(args, num_rows)
+    return args.max_steps, args.warmup_steps
+
+
+def test_a_tenth_of_the_steps_warms_up_once_their_number_is_known():
+    assert planned("--epochs", "2") == (200, 20)
+    assert planned("--max_steps", "50") == (50, 5)
+    assert planned("--epochs", "2", "--warmup_steps", "7") == (200, 7)
+    with pytest.raises(ValueError, match="warmup_steps is 200, but there are only 200 steps"):
+        planned("--epochs", "2", "--warmup_steps", "200")
+
+
+def test_a_cooldown_is_compared_with_the_steps_of_the_epochs():
+    constant = ["--schedule", "constant", "--cooldown_steps", "1500"]
+    assert planned(*constant, "--epochs", "20") == (2000, 200)
+    with pytest.raises(ValueError, match="cooldown_steps is 1500, more than the 100 of max_steps"):
+        planned(*constant, "--epochs", "1")
+
+
 def test_evaluation_measures_every_row_once_whatever_its_batches(finetune, data, monkeypatch):
     seen = []
     measure = finetune_bert.Validation.results
@@ -319,14 +401,25 @@ def test_evaluation_measures_every_row_once_whatever_its_batches(finetune, data,
         ("regress", ["--class_weights", "balanced"], "--task regress has no classes"),
         ("classify", ["--monitor", "eval_bleu"], "monitor 'eval_bleu' is not measured here, only loss, accuracy, f1"),
         ("classify", ["--max_length", "4"], "max_length must be at least 8"),
-        ("classify", ["--max_length", "4000"], "max_length 4000 is more than the 512 positions of bert-tiny"),
         ("classify", ["--epochs", "0"], "epochs must be above 0"),
         ("classify", ["--model", "bert-tni"], "no model named 'bert-tni' in the zoo; did you mean bert-tiny"),
         ("classify", ["--model", "/nowhere/bert"], "--model /nowhere/bert is no checkpoint that loads"),
         ("classify", ["--text_column", "words"], r"no column 'words'; choose one of \['label', 'text'\]"),
         ("tag", ["--model", "gpt-tiny", "--config", ""], r"a GPT has no head .*: start from a BERT"),
-        ("qa", ["--stride", "100"], "stride is 100"),
-        ("qa", ["--max_length", "16", "--stride", "4"], "max_tokens is 16"),
+        ("qa", ["--stride", "100"], "stride must lie between 0 and half of max_length 128, not 100"),
+        ("qa", ["--max_length", "16", "--stride", "4"], "max_length must be at least 24, not 16"),
+        ("qa", ["--max_answer_tokens", "0"], "max_answer_tokens must be at least 1"),
+        ("qa", ["--label_names", "a,b"], "label_names: --task qa has no classes"),
+        ("regress", ["--label_names", "a,b"], "label_names: --task regress has no classes"),
+        ("classify", ["--pair_column", "b"], "pair_column: --task classify reads one text"),
+        ("tag", ["--pair_column", "b"], "pair_column: --task tag reads one text"),
+        ("pair", ["--unanswerable"], "unanswerable belongs to --task qa"),
+        ("pair", ["--stride", "0"], "stride belongs to --task qa"),
+        ("pair", ["--max_answer_tokens", "5"], "max_answer_tokens belongs to --task qa"),
+        ("pair", ["--null_threshold", "0"], "null_threshold belongs to --task qa"),
+        ("pair", ["--label_names", "a,a"], "label_names must be several different names, not 'a,a'"),
+        ("pair", ["--data", "mrpc"], "validation_data: --data mrpc has its own"),
+        ("classify", ["--warmup_steps", "40"], "warmup_steps is 40, but there are only 40 steps"),
         ("guess", [], "--task must be classify or pair or regress or tag or qa"),
     ],
 )  # fmt: skip
@@ -338,22 +431,7 @@ def test_what_cannot_be_is_refused_with_one_line(finetune, data, capsys, task, o
     assert error.startswith("error: ") and re.search(message, error)
 
 
-@pytest.mark.parametrize("missing", ["--task", "--data"])
-def test_a_task_and_data_have_to_be_named(missing):
-    given = {"--task": "classify", "--data": "reviews.csv"}
-    del given[missing]
-    with pytest.raises(ValueError, match=missing):
-        parse_arguments(FineTuningArguments, [word for option in given.items() for word in option])
-
-
-# ----------------------------------------------------------------------------------------------------------- recipes
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses_and_says_what_to_expect(path):
-    args = parse_arguments(FineTuningArguments, ["--recipe", str(path)])
-    assert BENCHMARKS[args.data].kind == args.task and args.warmup_steps < args.eval_every
-    header = path.read_text()
-    assert f"--recipe training/recipes/{path.name}" in header
-    assert "# data " in header and "# hardware " in header
-    assert "# result " in header or "# expected " in header and "not run here yet" in header
+def test_a_task_has_to_be_named():
+    with pytest.raises(ValueError, match="say what to learn: --task classify, pair, regress, tag or qa"):
+        parse_arguments(FineTuningArguments, [])
+    assert parse_arguments(FineTuningArguments, ["--task", "classify"]).data == "embedded"

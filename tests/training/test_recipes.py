@@ -6,26 +6,69 @@ import pytest
 
 import hf_models
 from training.arguments import parse_arguments
+from training.finetune_bert import FineTuningArguments
+from training.models import is_checkpoint
+from training.tasks import BENCHMARKS
+from training.train_bert import BertArguments
 from training.train_gpt import GPTArguments
 
 FOLDER = Path(__file__).parents[2] / "training" / "recipes"
-RECIPES = sorted(FOLDER.glob("gpt*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+SCRIPTS = {  # by the beginning of a recipe's name
+    "gpt": ("train_gpt", GPTArguments),
+    "bert": ("train_bert", BertArguments),
+    "finetune": ("finetune_bert", FineTuningArguments),
+}
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses_and_names_a_model_of_the_zoo(path):
-    args = parse_arguments(GPTArguments, ["--recipe", str(path)])
-    assert args.model in hf_models.list_models()
+def script_of(path):
+    """The script that a recipe is for, and the class of its arguments."""
+    kind = path.stem.split("-")[0]
+    return SCRIPTS["gpt" if kind.startswith("gpt") else kind]
+
+
+def arguments_of(path):
+    return parse_arguments(script_of(path)[1], ["--recipe", str(path)])
+
+
+def header_of(path):
+    return "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+@every_recipe
+def test_a_recipe_parses_and_names_a_model_of_the_zoo_or_a_checkpoint(path):
+    args = arguments_of(path)
+    assert args.model in hf_models.list_models() or is_checkpoint(args.model)
     assert args.output_dir == str(Path("runs", path.stem))
+    assert (args.warmup_steps or 0) < args.max_steps
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@every_recipe
 def test_a_recipe_begins_with_its_command_its_hardware_and_what_to_expect(path):
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(header)
-    assert f"--recipe training/recipes/{path.name}" in text
-    assert "# data " in text and "# hardware " in text
-    assert "# result " in text or "# expected " in text
+    header = header_of(path)
+    assert f"training/{script_of(path)[0]}.py" in header and f"--recipe training/recipes/{path.name}" in header
+    assert "# data " in header and "# hardware " in header
+    assert "# result " in header or "# expected " in header
+
+
+@every_recipe
+def test_data_and_checkpoints_that_a_recipe_takes_are_in_its_header(path):
+    args, lines, header = arguments_of(path), path.read_text().splitlines(), header_of(path)
+    if any(line.startswith("data:") for line in lines):
+        assert BENCHMARKS[args.data].hub in header if args.data in BENCHMARKS else args.data in header
+    else:
+        assert args.data == "embedded" and ("--data " in header or "embedded" in header)
+    if is_checkpoint(args.model):
+        assert args.model in header
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("finetune")], ids=lambda p: p.stem)
+def test_a_recipe_to_fine_tune_has_the_task_of_its_data(path):
+    args = arguments_of(path)
+    assert args.task == (BENCHMARKS[args.data].kind if args.data in BENCHMARKS else "classify")
+    assert args.warmup_steps < args.eval_every
 
 
 def test_the_quickstart_recipe_says_what_the_script_does_without_one():

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from training.classification import collate
+from training.labelled import collate
 from training.tables import read_tables
 from training.tasks import BENCHMARKS, read_task
 from training.text import IGNORED_LABEL
@@ -172,7 +172,7 @@ def hub(monkeypatch):
     """Data sets of the Hub by name; the name that was asked for last is in `asked`."""
     hub = SimpleNamespace(splits={}, asked=None)
 
-    def load_dataset(name, config=None):
+    def load_dataset(name, config=None, streaming=False):
         hub.asked = (name, config)
         if not hub.splits:
             raise FileNotFoundError(f"no {name}")
@@ -255,6 +255,40 @@ def test_a_benchmark_is_refused_for_another_task():
         read_task("classify", "mrpc")
 
 
+@pytest.mark.parametrize("option", ["validation_data", "text_column", "pair_column", "label_column"])
+@pytest.mark.parametrize("kind, data", [("pair", "mrpc"), ("classify", "embedded")])
+def test_data_with_a_name_of_its_own_knows_its_columns_and_its_validation_part(kind, data, option):
+    with pytest.raises(ValueError, match=f"{option}: --data {data} has its own; leave --{option} out"):
+        read_task(kind, data, **{option: "x"})
+
+
+def test_without_any_data_docstrings_are_told_apart_by_their_package_offline(hub):
+    task = read_task("classify", "embedded")
+    assert hub.asked is None
+    assert len(task.label_names) == len({example["label"] for example in task.validation}) == 10
+    assert "asyncio" in task.label_names and len(task.train) > 1000 and task.license == "PSF-2.0"
+    assert not {example["text"] for example in task.train} & {example["text"] for example in task.validation}
+
+
+@pytest.mark.parametrize("kind", ["pair", "regress", "tag", "qa"])
+def test_there_are_embedded_data_to_classify_only(kind):
+    with pytest.raises(ValueError, match=f"no embedded data for --task {kind}: name some with --data"):
+        read_task(kind, "embedded")
+
+
+@pytest.mark.parametrize("kind", ["classify", "tag"])
+def test_the_numbers_of_a_hub_data_set_are_numbers_even_where_its_names_are_others(hub, kind):
+    classes = datasets.ClassLabel(names=["1", "2", "3", "4", "5"])
+    if kind == "classify":
+        split = dataset({"text": list("abcde"), "label": [0, 1, 2, 3, 4]}, label=classes)
+    else:
+        split = dataset({"tokens": [list("abcde")], "ner_tags": [[0, 1, 2, 3, 4]]}, ner_tags=datasets.List(classes))
+    hub.splits = {"train": split, "validation": split}
+    task = read_task(kind, "someone/stars")
+    labels = [example["label"] for example in task.train] if kind == "classify" else task.train[0]["tags"]
+    assert labels == ["1", "2", "3", "4", "5"]
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -281,6 +315,13 @@ def test_a_benchmark_is_refused_for_another_task():
         ("qa", [{**QUESTIONS[0], "answers": {"text": [], "answer_start": []}}], {}, "no answer; give --unanswerable"),
         ("qa", [{**QUESTIONS[0], "answers": {"text": ["x"]}}], {}, "row 1: 'answers' must be"),
         ("qa", [{**QUESTIONS[0], "answers": "Bob"}], {}, "no question is left to train on"),
+        (
+            "qa",
+            [{**QUESTIONS[0], "answers": [{"text": "Ada", "answer_start": "0"}]}],
+            {},
+            "row 1: answer_start in 'answers' must be a whole number, not '0'",
+        ),
+        ("tag", [{"tokens": ["a", "b"], "ner_tags": 3}, *TAGGED], {}, "row 1: 'ner_tags' must be a list"),
     ],
 )
 def test_a_mistake_in_the_data_is_named_with_its_row(tmp_path, kind, rows, options, message):
@@ -316,6 +357,9 @@ def test_a_number_is_no_name_where_labels_are_names(tmp_path):
         ("a.json", "[1, 2]", "expected JSON objects"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"', "line 2: not valid JSON"),
         ("a.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "cannot be read"),
+        ("a.json", '{"data": [{"paragraphs": 3}]}', "cannot be read"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": "a", "qas": ["b"]}]}]}', "cannot be read"),
+        ("a.csv", "text,label,text\na,1,b\n", r"two columns have the same name, of \['text', 'label', 'text'\]"),
         ("a.parquet", b"PAR1 and nothing", "cannot be read"),
         ("a.conll", "Ada B-PER\nLovelace\n", "line 2: expected a word and its tag"),
         ("a.xlsx", "", "expected a file of the kind"),
@@ -327,6 +371,11 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         both("classify", path)
     assert name in str(caught.value)
+
+
+def test_a_field_of_a_csv_file_may_be_long(tmp_path):
+    task = both("classify", write_csv(tmp_path / "a.csv", [("x" * 200_000, "good"), ("y", "bad")]))
+    assert len(task.train[0]["text"]) == 200_000
 
 
 def test_a_folder_without_a_clear_choice_is_refused(tmp_path):
@@ -371,6 +420,19 @@ def test_numbers_get_the_names_that_are_given(tmp_path):
     assert [row["labels"] for row in task.rows(task.train, tokenizer_of(task), 64)] == [1, 0, 1]
 
 
+@pytest.mark.parametrize("labels, read", [([0, 1, 2], ["1", "2", "3"]), ([1, 2, 1], ["1", "2", "1"])])
+def test_labels_are_all_names_or_all_numbers_where_names_look_like_numbers(tmp_path, labels, read):
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    task = both("classify", write_json(tmp_path / "a.json", rows), label_names=["1", "2", "3"])
+    assert [example["label"] for example in task.train] == read
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a"], ["a", ""]])
+def test_the_names_of_classes_differ(tmp_path, names):
+    with pytest.raises(ValueError, match="label_names must be several different names, not 'a"):
+        both("pair", write_json(tmp_path / "a.json", PAIRS), label_names=names)
+
+
 def test_a_pair_is_read_with_both_texts_and_a_batch_is_padded_to_its_longest_row(tmp_path):
     task = both("pair", write_json(tmp_path / "a.json", [*PAIRS, {**PAIRS[0], "sentence1": "rain rain rain"}]))
     tokenizer = tokenizer_of(task)
@@ -395,7 +457,9 @@ def test_regression_targets_are_numbers(tmp_path):
 def test_long_and_empty_texts_are_counted(tmp_path):
     task = both("classify", write_csv(tmp_path / "a.csv", [*REVIEWS, ("day " * 500, "good"), ("[CLS] [SEP]", "bad")]))
     rows = task.rows(task.train, tokenizer_of(task), 16)
-    assert task.notes == ["1 of 6 texts are empty", "1 of 6 texts were cut to 16 tokens"]
+    assert task.notes == ["training: 1 of 6 texts are empty", "training: 1 of 6 texts were cut to 16 tokens"]
+    task.rows(task.validation, tokenizer_of(task), 16, "validation")
+    assert task.notes[2:] == ["validation: 1 of 6 texts are empty", "validation: 1 of 6 texts were cut to 16 tokens"]
     assert max(len(row["input_ids"]) for row in rows) == 16 and len(rows[3]["input_ids"]) == 2
 
 
@@ -416,7 +480,7 @@ def test_the_first_token_of_a_word_has_its_tag(tmp_path, kind):
 def test_words_behind_the_cut_are_answered_outside(tmp_path):
     task = both("tag", write_json(tmp_path / "a.json", [{"tokens": ["Ada"] * 20, "ner_tags": ["B-PER"] * 20}, *TAGGED]))
     rows = task.rows(task.train, tokenizer_of(task), 12)
-    assert task.notes == ["1 of 4 sentences were cut to 12 tokens; the words behind count as 'O'"]
+    assert task.notes == ["training: 1 of 4 sentences were cut to 12 tokens; the words behind count as 'O'"]
     person = task.label_names.index("B-PER")
     predictions = [[person] * len(row["words"]) for row in rows]
     answers = task.answers(task.train, rows, predictions)
@@ -463,7 +527,10 @@ def test_an_answer_at_the_wrong_place_is_found_and_one_that_is_nowhere_is_named(
     task = both("qa", path)
     assert [example["start"] for example in task.train] == [CONTEXT.index("London"), 64, 0]
     assert len(task.validation) == 4  # the measure needs no place
-    assert task.notes[0] == (f"1 of 4 answers are not in their context and not trained on: 'Paris' ({path}, row 2)")
+    assert task.notes == [
+        f"{split}: 1 of 4 answers are not in their context, {outcome}: 'Paris' ({path}, row 2)"
+        for split, outcome in (("training", "and not trained on"), ("validation", "where the model looks for them"))
+    ]
 
 
 def test_a_question_of_squad_v2_may_have_no_answer(tmp_path):
@@ -475,3 +542,16 @@ def test_a_question_of_squad_v2_may_have_no_answer(tmp_path):
     assert (row["start_positions"], row["end_positions"]) == (0, 0)
     assert task.measure(task.train, ["Ada", "1843", ""])["no_answer_accuracy"] == 1.0
     assert "-> no answer (labelled no answer)" in task.show(task.train[2], "")
+
+
+def test_no_answer_has_to_win_by_the_threshold_that_is_given(tmp_path):
+    path = write_json(tmp_path / "a.json", {"version": "1.1", "data": QUESTIONS})
+    task = both("qa", path, unanswerable=True, null_threshold=3.0)
+    windows = task.rows(task.train, tokenizer_of(task), 64)
+    logits = [np.zeros((len(window["input_ids"]), 2), np.float32) for window in windows]
+    for window, scores, lead in zip(windows, logits, (2.0, 4.0), strict=True):
+        scores[window["start_positions"], 0] = scores[window["end_positions"], 1] = 5.0
+        scores[0] = 5.0 + lead / 2
+    assert task.answers(task.train, windows, logits) == ["Ada", ""]
+    with pytest.raises(ValueError, match="null_threshold: every question of this data has an answer"):
+        both("qa", path, null_threshold=3.0)
