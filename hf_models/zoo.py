@@ -7,6 +7,7 @@
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import fields
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -108,6 +109,17 @@ def find_entry(name: str) -> ZooEntry:
     return ZOO[name]
 
 
+def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
+    """Raises a `ValueError` for a name that is no field of the config, with the nearest one that is."""
+    known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+    known |= {"num_labels", "attn_implementation"}
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{config_class.__name__} has no field {name!r}{hint}")
+
+
 def create_config(name: str, **overrides) -> PreTrainedConfig:
     """The config of a named size, with some fields changed.
 
@@ -115,13 +127,7 @@ def create_config(name: str, **overrides) -> PreTrainedConfig:
         ValueError: the zoo has no such name, or the config no such field.
     """
     entry = find_entry(name)
-    known = {field.name for field in fields(entry.config_class)} | set(entry.config_class.attribute_map)
-    known |= {"num_labels", "attn_implementation"}
-    for field in overrides:
-        if field not in known:
-            nearest = difflib.get_close_matches(field, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{entry.config_class.__name__} has no field {field!r}{hint}")
+    check_fields(entry.config_class, overrides)
     return entry.config_class(**{**entry.options, **overrides})
 
 

@@ -1,14 +1,11 @@
 """The model that `--model` names: a fresh one of the zoo, or a checkpoint to start from."""
 
-import dataclasses
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_models import create_model
+from hf_models.zoo import check_fields, create_model
 from training.arguments import parse_fields
 
 
@@ -25,7 +22,7 @@ def create_text_model(
     device: torch.device,
     config: str | None = None,
     new_head: bool = False,
-    length_option: str = "row_length or context_length",
+    length_option: str = "num_tokens",
     **fields,
 ) -> PreTrainedModel:
     """A fresh model of the zoo that fits the tokenizer, or a checkpoint of the same family, ours or stock, to go on
@@ -72,17 +69,6 @@ def create_text_model(
             f"{name}: give at most {model.config.max_position_embeddings}"
         )
     return model
-
-
-def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
-    """Raises ValueError for a name that is no field of the config, with the nearest one that is."""
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    known |= {"num_labels", "attn_implementation"}
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"config: {config_class.__name__} has no field {name!r}{hint}")
 
 
 def is_own_tokenizer(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> bool:

@@ -36,6 +36,7 @@ def create_accelerator(args: RunArguments) -> Accelerator:
                 "use FSDP2, as in training/accelerate/fsdp2.yaml"
             )
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes would each train alone
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,

@@ -166,7 +166,9 @@ def main():
                 rows = make_rows(cache.tokens("train"), args.seed)
             validation = Validation(args, accelerator, tokenizer, cache)
             model_class = hf_models.ZooBertForPreTraining if args.next_sentence else hf_models.ZooBertForMaskedLM
-            model = create_text_model(args.model, model_class, tokenizer, size, accelerator.device, args.config)
+            model = create_text_model(
+                args.model, model_class, tokenizer, size, accelerator.device, args.config, length_option="row_length"
+            )
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
                 f"vocabulary, text from {corpus.source}"

@@ -157,6 +157,7 @@ def main():
                 args.context_length,
                 accelerator.device,
                 args.config,
+                length_option="context_length",
             )
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "

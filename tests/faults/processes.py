@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ class Trainers:
             "HF_HOME": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
+            **({"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {}),
             "PYTHONPATH": str(REPOSITORY),
         }
         self.server = subprocess.Popen(

@@ -246,7 +246,7 @@ def tuned(finetune, data, tmp_path):
             ["--config", "intermediate_size=64"],
             r"config: bert\.layers\.0\..* of .*tuned has another size; leave its size",
         ),
-        (["--config", "hiden_size=64"], r"config: ZooBertConfig has no field 'hiden_size'; did you mean hidden_size\?"),
+        (["--config", "hiden_size=64"], r"ZooBertConfig has no field 'hiden_size'; did you mean hidden_size\?"),
         (
             ["--config", "", "--max_length", "200"],
             "max_length 200 is more than the 128 positions of .*: give at most 128",
