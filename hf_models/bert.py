@@ -162,7 +162,8 @@ class ZooBertModel(ZooBertPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
-                attention maps asked of a backend that does not form them.
+                attention maps asked of a backend that does not form them; packed sequences that flash attention
+                would mix up.
         """
         self.check_inputs(input_ids, inputs_embeds)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
