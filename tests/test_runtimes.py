@@ -140,6 +140,7 @@ def test_a_training_step_is_one_graph_under_sdpa(make_model, family, tokens):
     check_compiled(model, "aot_eager", input_ids=tokens, **labels_for(family.language_model, tokens))
 
 
+@pytest.mark.slow
 @every_family
 def test_the_compiler_gives_the_same_numbers(make_model, family, tokens):
     model = make_model(family.language_model, num_hidden_layers=1).train()
@@ -164,7 +165,7 @@ def test_packed_documents_are_one_graph(make_model, family, tokens):
     check_compiled(make_model(family.language_model).train(), "aot_eager", input_ids=tokens, **asked)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 @every_case
 def test_the_model_can_be_exported_for_any_batch_and_length(make_model, case, backend, tokens):
     model = make_model(case.model_class, attn_implementation=backend, **case.fields)
