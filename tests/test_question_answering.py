@@ -110,16 +110,17 @@ def test_windows_that_cannot_be_are_refused(word_tokenizer, sizes, message):
         question_windows(word_tokenizer, ["who"], [CONTEXT], max_tokens=sizes[0], stride=sizes[1])
 
 
-class Oracle:
+class Oracle(torch.nn.Module):
     """Scores w30 as the answer, wherever it stands; the first token as far as `null` says."""
 
     device = torch.device("cpu")
 
     def __init__(self, tokenizer, null=0.0, **config):
         self.wanted, self.null = tokenizer.convert_tokens_to_ids("w30"), null
+        super().__init__()
         self.config = SimpleNamespace(max_position_embeddings=24, **config)
 
-    def __call__(self, input_ids, attention_mask, token_type_ids):
+    def forward(self, input_ids, attention_mask, token_type_ids):
         scores = 5.0 * (input_ids == self.wanted)
         scores[:, 0] = self.null
         scores[attention_mask == 0] = 99.0  # what padding scores must not matter
