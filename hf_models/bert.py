@@ -263,13 +263,24 @@ class MaskedTokenHead(nn.Module):
         return linear_cross_entropy(features, self.decoder.weight, labels, num_items, bias=self.decoder.bias)
 
 
-class ZooBertForPreTraining(ZooBertPreTrainedModel):
+class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
+    """What the two models that fill in masked tokens share: the head's matrix is that of the embedding."""
+
+    _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
+    _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
+
+    def get_output_embeddings(self):
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.mlm_head.decoder = new_embeddings
+
+
+class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
     """BERT with both heads of the paper: masked tokens, and whether the second text follows the first."""
 
     _auto_class = "AutoModelForPreTraining"
     accepts_loss_kwargs = False  # `Trainer` counts the items of one loss, and here are two
-    _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
-    _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
 
     def __init__(self, config: ZooBertConfig):
         super().__init__(config)
@@ -277,12 +288,6 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
         self.mlm_head = MaskedTokenHead(config)
         self.nsp_head = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-    def get_output_embeddings(self):
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings):
-        self.mlm_head.decoder = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -318,14 +323,7 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
             `loss`, the sum of the losses whose labels were given; `prediction_logits` (B, T, V) unless left out;
             `seq_relationship_logits` (B, 2) or (B, S, 2).
         """
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states, pooled = outputs.last_hidden_state, outputs.pooler_output
         if sequence_positions is not None:
             pooled = self.bert.pool(states_at(hidden_states, sequence_positions))
@@ -348,24 +346,16 @@ class ZooBertForPreTraining(ZooBertPreTrainedModel):
         )
 
 
-class ZooBertForMaskedLM(ZooBertPreTrainedModel):
+class ZooBertForMaskedLM(ZooBertWithMaskedTokenHead):
     """BERT with the head that fills in masked tokens."""
 
     _auto_class = "AutoModelForMaskedLM"
-    _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
-    _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
 
     def __init__(self, config: ZooBertConfig):
         super().__init__(config)
         self.bert = ZooBertModel(config, add_pooling_layer=False)
         self.mlm_head = MaskedTokenHead(config)
         self.post_init()
-
-    def get_output_embeddings(self):
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings):
-        self.mlm_head.decoder = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -384,14 +374,7 @@ class ZooBertForMaskedLM(ZooBertPreTrainedModel):
     ) -> MaskedLMOutput:
         """Arguments and results as `ZooBertForPreTraining`, without what concerns the next sentence;
         `num_items_in_batch` is one number."""
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
@@ -443,14 +426,7 @@ class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
                 multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
             num_items_in_batch: what the summed loss is divided by; by default the number of labels.
         """
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
@@ -490,14 +466,7 @@ class ZooBertForTokenClassification(ZooBertPreTrainedModel):
             labels: (B, T) class ids, -100 where a token is not scored.
             num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
         """
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
         loss = None
         if labels is not None:
@@ -544,14 +513,7 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
                 answers.
         """
         kwargs.setdefault("skip_padding", start_positions is None)  # stock's loss chooses among all places, padding too
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
