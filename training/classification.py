@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -43,17 +44,17 @@ def token_arrays(encodings, number: int) -> dict[str, np.ndarray]:
     return {name: np.array(encodings[name][number], np.int32) for name in names}
 
 
-class Task:
+class Task(ABC):
     """What a task is made of: its examples, the rows a model reads of them, and the measures of its answers.
 
-    A child gives the methods that raise NotImplementedError, and the names below. An example is a dict of plain
-    values, labels by name; `notes` collects what a user should know about the data.
+    A child gives the abstract methods and the names below. An example is a dict of plain values, labels by name;
+    `notes` collects what a user should know about the data.
     """
 
     head: str  # of the model: "SequenceClassification"
     pipeline: str  # the key of `publish.USES`
     monitor: str  # the measure that decides which weights are best
-    label_names: list[str] | None = None  # the name of each class id
+    label_names: list[str] | None  # the name of each class id
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Task:
     ):
         self.columns, self.source, self.license = columns, source, train.license
         self.notes: list[str] = []
-        self.prepare(train, label_names)
+        self.name_labels(train, label_names)
         self.train = self.examples(train)
         if validation is not None:
             self.validation = self.examples(validation, "validation")
@@ -77,44 +78,47 @@ class Task:
             type(self).__name__, self.label_names, *(_digest(split) for split in (self.train, self.validation))
         )
 
-    def prepare(self, train: Table, label_names: list[str] | None):
-        """Whatever has to be known before the first example, such as the names of the classes."""
+    def name_labels(self, train: Table, given: list[str] | None):
+        """Sets `label_names`, before the first example is read; a task without classes has none."""
+        self.label_names = None
 
+    @abstractmethod
     def examples(self, table: Table, split: str = "training") -> list[dict]:
         """The table's rows as examples; notes name the split. Raises ValueError naming the file and the row that
         cannot be one."""
-        raise NotImplementedError
 
     def key(self, example: dict) -> Any:
         """What two examples must not share if one of them is held out: their text."""
         return {name: value for name, value in example.items() if name not in ("label", "tags")}
 
+    @abstractmethod
     def texts(self, example: dict) -> list[str]:
-        raise NotImplementedError
+        """The texts of an example, to make a tokenizer from."""
 
+    @abstractmethod
     def rows(self, examples: list[dict], tokenizer, max_length: int, split: str = "training") -> list[dict]:
         """What a model reads: token ids of at most `max_length`, and their labels, as arrays and numbers. Notes name
         the split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predictions(self, outputs, batch: dict[str, Tensor]) -> list:
         """What is to be kept of a model's outputs, for each row of the batch, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self, examples: list[dict], rows: list[dict], predictions: list) -> list:
         """One answer for each example, in the form of its label, from the predictions for all rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference(self, example: dict):
         """The right answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, examples: list[dict], answers: list) -> dict[str, float]:
-        raise NotImplementedError
+        """The task's measures of the answers, by name."""
 
+    @abstractmethod
     def show(self, example: dict, answer) -> str:
         """An example and the answer to it, to be read by a person."""
-        raise NotImplementedError
 
     def name_classes(self, train: Table, labels: Iterable, given: list[str] | None):
         """Sets the classes in the order of their ids: as given, or as the data set names them, or else all labels in
@@ -164,9 +168,12 @@ class TextTask(Task):
     head = "SequenceClassification"
     monitor = "eval_accuracy"
 
-    def prepare(self, train, label_names):
-        self.pipeline = "text-pair-classification" if self.columns.pair else "text-classification"
-        self.name_classes(train, train.column(self.columns.label, "label_column"), label_names)
+    @property
+    def pipeline(self):
+        return "text-pair-classification" if self.columns.pair else "text-classification"
+
+    def name_labels(self, train, given):
+        self.name_classes(train, train.column(self.columns.label, "label_column"), given)
 
     def label(self, value, where: str) -> str | float:
         return self.class_name(value, where)
@@ -224,8 +231,7 @@ class RegressionTask(TextTask):
 
     monitor = "eval_pearson"
 
-    def prepare(self, train, label_names):
-        self.pipeline = "text-pair-classification" if self.columns.pair else "text-classification"
+    def name_labels(self, train, given):
         self.label_names = [self.columns.label]  # of the one output
 
     def label(self, value, where):
@@ -265,8 +271,8 @@ class TaggingTask(Task):
     pipeline = "token-classification"
     monitor = "eval_f1"
 
-    def prepare(self, train, label_names):
-        self.name_classes(train, chain(*list_column(train, self.columns.label, "label_column")), label_names)
+    def name_labels(self, train, given):
+        self.name_classes(train, chain(*list_column(train, self.columns.label, "label_column")), given)
 
     def examples(self, table, split="training"):
         all_words = list_column(table, self.columns.text, "text_column")
