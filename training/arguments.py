@@ -110,6 +110,24 @@ class RunArguments:
             raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
 
 
+@dataclass
+class TextArguments(RunArguments):
+    """The options of the scripts that train on plain text."""
+
+    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
+    tokenizer: str = option("bpe", "'bpe', 'char' or 'wordpiece', made from the data, or an existing one", "text")
+    vocab_size: int = option(4096, "most tokens of a 'bpe' or 'wordpiece' tokenizer", "text")
+    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
+    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
+    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
+    eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1, not {self.eval_batch_size}")
+
+
 def with_defaults(cls, **defaults) -> type:
     """The dataclass `cls` with other defaults, for a script to subclass."""
     changed = [field for field in dataclasses.fields(cls) if field.name in defaults]

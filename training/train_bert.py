@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
+from training.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.documents import read_documents
 from training.guesses import count_correct, guess_words, pseudo_perplexity
 from training.loop import identify, open_run, train
@@ -30,6 +30,8 @@ from training.tokenizer import make_tokenizer, tokenizer_fingerprint
 
 QUICKSTART = {  # a few minutes on two CPU cores
     "model": "bert-modern-mini",
+    "tokenizer": "wordpiece",
+    "vocab_size": 8192,
     "max_steps": 500,
     "global_batch_size": 16,
     "optimizer": "muon",
@@ -41,23 +43,16 @@ QUICKSTART = {  # a few minutes on two CPU cores
 
 
 @dataclass
-class BertArguments(with_defaults(RunArguments, **QUICKSTART)):
-    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
-    tokenizer: str = option("wordpiece", "'wordpiece' or 'bpe', made from the data, or an existing tokenizer", "text")
-    vocab_size: int = option(8192, "most tokens of a tokenizer made from the data", "text")
+class BertArguments(with_defaults(TextArguments, **QUICKSTART)):
     row_length: int = option(128, "tokens of a row", "text")
-    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
-    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
-    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
     next_sentence: bool = option(True, "also tell whether the second half of a sequence follows the first", "text")
     mask_probability: float = option(0.15, "part of the tokens to predict", "text")
     whole_words: bool = option(False, "mask all pieces of a word together", "text")
-    eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
     scored_rows: int = option(4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in {"row_length": 16, "eval_batch_size": 1, "scored_rows": 1}.items():
+        for name, least in {"row_length": 16, "scored_rows": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 < self.mask_probability < 1:

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
+from training.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.documents import read_documents
 from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
@@ -40,22 +40,15 @@ QUICKSTART = {  # a few minutes on two CPU cores
 
 
 @dataclass
-class GPTArguments(with_defaults(RunArguments, **QUICKSTART)):
-    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
-    tokenizer: str = option("bpe", "'bpe' or 'char', made from the data, or an existing tokenizer", "text")
-    vocab_size: int = option(4096, "tokens of a 'bpe' tokenizer", "text")
+class GPTArguments(with_defaults(TextArguments, **QUICKSTART)):
     context_length: int = option(128, "tokens of a row", "text")
-    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
-    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
-    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
     within_document: bool = option(False, "keep attention within each document", "text")
-    eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
     sample_tokens: int = option(120, "tokens of the sample", "text")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in {"context_length": 2, "eval_batch_size": 1, "sample_tokens": 1}.items():
+        for name, least in {"context_length": 2, "sample_tokens": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
