@@ -3,6 +3,7 @@ every class, and labels for it."""
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from transformers import (
     AutoModel,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 import hf_models
+from hf_models.zoo import MODERN
 
 TINY = {
     "vocab_size": 64,
@@ -26,14 +28,6 @@ TINY = {
     "attention_dropout": 0.0,
 }
 
-MODERN = {
-    "position_embedding_type": "rotary",
-    "norm": "rmsnorm",
-    "qk_norm": True,
-    "hidden_act": "relu2",
-    "residual_init": "zero",
-    "use_bias": False,
-}
 GROUPED = {
     "position_embedding_type": "rotary",
     "rope_theta": 500.0,
@@ -93,6 +87,7 @@ FAMILIES = {
         },
     ),
 }
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
 class Case(NamedTuple):

@@ -8,13 +8,12 @@ from transformers import AutoConfig
 
 import hf_models
 from hf_models.zoo import ZOO
-from tests.families import CASES, FAMILIES, WITH_A_HEAD, labels_for, tensors
+from tests.families import CASES, FAMILIES, WITH_A_HEAD, every_family, labels_for, tensors
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_head = pytest.mark.parametrize("case", WITH_A_HEAD.values(), ids=WITH_A_HEAD.keys())
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
 def test_every_family_of_the_zoo_is_tested():

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
-from tests.families import CASES, FAMILIES, WITH_A_HEAD, gradients, labels_for, tensors
+from tests.families import CASES, FAMILIES, WITH_A_HEAD, every_family, gradients, labels_for, tensors
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 TESTS = Path(__file__).parent
@@ -33,7 +33,6 @@ every_class_with_a_head = pytest.mark.parametrize(
     ids=lambda case: case.model_class.__name__,
 )
 every_language_model = pytest.mark.parametrize("case", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS.keys())
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
 # ----------------------------------------------------------------------------------------------------- backends

@@ -206,45 +206,6 @@ def test_a_model_of_ours_goes_to_stock_and_comes_back(make_bert, load_as_ours, o
     assert torch.equal(load_as_ours(stock, our_class)(tokens)[0], ours(tokens)[0])
 
 
-def test_to_stock_keeps_dtype_and_mode(make_bert):
-    ours = make_bert().bfloat16()
-    assert ours.to_stock().dtype == torch.bfloat16
-    assert not ours.to_stock().training
-    assert ours.train().to_stock().training
-
-
-def test_to_stock_copies_the_weights(make_bert, tokens):
-    """Training the stock copy leaves ours alone."""
-    ours = make_bert()
-    before = ours(tokens).logits
-    with torch.no_grad():
-        for parameter in ours.to_stock().parameters():
-            parameter.add_(1)
-    assert torch.equal(ours(tokens).logits, before)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"norm": "rmsnorm"},
-        {"norm_position": "pre"},
-        {"qk_norm": True},
-        {"use_bias": False},
-        {"position_embedding_type": "rotary"},
-        {"position_embedding_type": "sinusoidal"},
-        {"num_key_value_heads": 2},
-        {"head_dim": 16},
-        {"hidden_act": "swiglu"},
-        {"class_weights": [1.0, 2.0]},
-    ],
-    ids=str,
-)
-def test_to_stock_names_the_option_that_bert_lacks(make_bert, fields):
-    (option,) = fields
-    with pytest.raises(ValueError, match=option):
-        make_bert(**fields).to_stock()
-
-
 @pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention"])
 def test_stock_options_that_we_do_not_compute_are_refused(stock_bert, option, tmp_path):
     stock = stock_bert()

@@ -137,44 +137,6 @@ def test_a_model_of_ours_goes_to_stock_and_comes_back(make_gpt, our_class, token
     assert torch.equal(again(tokens)[0], ours(tokens)[0])
 
 
-def test_to_stock_keeps_dtype_and_mode(make_gpt):
-    ours = make_gpt().bfloat16()
-    assert ours.to_stock().dtype == torch.bfloat16
-    assert not ours.to_stock().training
-    assert ours.train().to_stock().training
-
-
-def test_to_stock_copies_the_weights(make_gpt, tokens):
-    """Training the stock copy leaves ours alone."""
-    ours = make_gpt()
-    before = ours(tokens).logits
-    with torch.no_grad():
-        for parameter in ours.to_stock().parameters():
-            parameter.add_(1)
-    assert torch.equal(ours(tokens).logits, before)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"norm": "rmsnorm"},
-        {"norm_position": "post"},
-        {"qk_norm": True},
-        {"use_bias": False},
-        {"position_embedding_type": "rotary"},
-        {"position_embedding_type": "sinusoidal"},
-        {"num_key_value_heads": 2},
-        {"head_dim": 16},
-        {"hidden_act": "swiglu"},
-    ],
-    ids=str,
-)
-def test_to_stock_names_the_option_that_gpt2_lacks(make_gpt, fields):
-    (option,) = fields
-    with pytest.raises(ValueError, match=option):
-        make_gpt(**fields).to_stock()
-
-
 @pytest.mark.parametrize(
     "fields",
     [
