@@ -124,7 +124,7 @@ def main():
     )
     rates = {"learning_rate": options.learning_rate or args.learning_rate, "weight_decay": args.weight_decay}
     optimizers = create_optimizers(ours, optimizer=args.optimizer, betas=(args.beta1, args.beta2), **rates)
-    rates["learning_rate"] = options.stock_learning_rate
+    rates = {"learning_rate": options.stock_learning_rate, "weight_decay": 0.01}  # Devlin et al. 2019, appendix A.2
     stock_optimizers = create_optimizers(theirs, optimizer="adamw", betas=(0.9, 0.999), **rates)
     budget = 60 * options.minutes
     contenders = [
