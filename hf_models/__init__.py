@@ -3,7 +3,10 @@
 Importing the package registers every family with transformers' Auto classes.
 """
 
+import contextlib
+
 import transformers
+from transformers.utils import is_torchvision_available
 
 from .base import ZOO_VERSION as __version__
 from .bert import (
@@ -16,14 +19,25 @@ from .bert import (
     ZooBertModel,
 )
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel
+from .mae import ZooViTMAEConfig, ZooViTMAEForPreTraining, ZooViTMAEModel
+from .vit import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel
 from .zoo import create_config, create_model, list_models
 
-for config_class in (ZooGPTConfig, ZooBertConfig):
+for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig):
     transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, name in config_class.family_auto_map.items():
         if auto_class != "AutoConfig":
             model_class = globals()[name.split(".")[1]]
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+
+with contextlib.suppress(
+    ImportError
+):  # the oldest transformers we support have no image processors without torchvision
+    image_processors = {"pil": transformers.ViTImageProcessorPil}
+    if is_torchvision_available():
+        image_processors["torchvision"] = transformers.ViTImageProcessor
+    for config_class in (ZooViTConfig, ZooViTMAEConfig):
+        transformers.AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
 
 __all__ = [
     "ZooBertConfig",
@@ -37,6 +51,13 @@ __all__ = [
     "ZooGPTForCausalLM",
     "ZooGPTForSequenceClassification",
     "ZooGPTModel",
+    "ZooViTBackbone",
+    "ZooViTConfig",
+    "ZooViTForImageClassification",
+    "ZooViTMAEConfig",
+    "ZooViTMAEForPreTraining",
+    "ZooViTMAEModel",
+    "ZooViTModel",
     "__version__",
     "create_config",
     "create_model",

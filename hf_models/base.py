@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
 
-from .layers import ACTIVATIONS, MultiHeadAttention, TransformerBlock, rotary_angles, sinusoidal_encoding
+from .layers import ACTIVATIONS, LayerScale, MultiHeadAttention, TransformerBlock, rotary_angles, sinusoidal_encoding
 
 ZOO_VERSION = "0.1.0"
 
@@ -33,9 +33,13 @@ class TransformerConfig(PreTrainedConfig):
         norm_position: `pre` (Xiong et al. 2020) or `post` (Vaswani et al. 2017).
         qk_norm: normalise queries and keys before their product (Henry et al. 2020), here by their root mean square.
         use_bias: biases in the blocks' linear layers and in LayerNorm.
+        qkv_bias: biases of the query, key and value projections. Default: `use_bias`.
         residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
             `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
             makes every block the identity at first.
+        layer_scale: what the learned factors of every residual branch start at (Touvron et al. 2021); None: no factors.
+        drop_path: probability that the last block's branches are left out for a sample in training; it rises from 0 at
+            the first block (Huang et al. 2016).
         class_weights: how much each class counts in the loss of a classification head; not for regression, which has
             no classes. Default: all the same.
         zoo_version: the version of hf_models that wrote the checkpoint.
@@ -56,17 +60,20 @@ class TransformerConfig(PreTrainedConfig):
     norm_position: Literal["pre", "post"] = "pre"
     qk_norm: bool = False
     use_bias: bool = True
+    qkv_bias: bool | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
     residual_init: Literal["normal", "scaled", "zero"] = "normal"
+    layer_scale: float | int | None = None
+    drop_path: float | int = 0.0
     class_weights: list[float | int] | None = None
     zoo_version: str | None = None
 
     # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
     family_auto_map: ClassVar[dict[str, str]] = {}
-    # The `model_type` of the stock checkpoints that this family reads.
-    stock_model_type: ClassVar[str] = ""
+    # The `model_type`s of the stock checkpoints that this family reads.
+    stock_model_types: ClassVar[tuple[str, ...]] = ()
 
     base_model_tp_plan = {
         "layers.*.attention.q_proj": "colwise",
@@ -83,10 +90,11 @@ class TransformerConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if config_dict.get("model_type") == cls.stock_model_type:  # a stock checkpoint becomes one of ours
+        model_type = config_dict.get("model_type")
+        if model_type in cls.stock_model_types:  # a stock checkpoint becomes one of ours
             # A stock config.json leaves out what has the stock default, which need not be ours.
             known = {field.name for field in fields(cls)} | set(cls.attribute_map)
-            defaults = AutoConfig.for_model(cls.stock_model_type).to_dict()
+            defaults = AutoConfig.for_model(model_type).to_dict()
             config_dict = {k: v for k, v in defaults.items() if k in known} | config_dict
             config_dict["model_type"] = cls.model_type
             if config_dict.get("position_embedding_type") == "absolute":  # as transformers 4 wrote it
@@ -111,6 +119,8 @@ class TransformerConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.qkv_bias is None:
+            self.qkv_bias = self.use_bias
         if self.zoo_version is None:
             self.zoo_version = ZOO_VERSION
         if not kwargs.get("auto_map"):
@@ -133,7 +143,7 @@ class TransformerConfig(PreTrainedConfig):
         for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
             if getattr(self, field, 1) < 1:  # a family need not have them all
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
+        for field in ("hidden_dropout", "attention_dropout", "embedding_dropout", "drop_path"):
             if not 0.0 <= getattr(self, field, 0.0) < 1.0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a probability: 0 <= {field} < 1")
 
@@ -195,6 +205,8 @@ class ZooPreTrainedModel(PreTrainedModel):
         # attention or the feed-forward around it.
         super()._init_weights(module)
         config = self.config
+        if isinstance(module, LayerScale):
+            init.constant_(module.weight, module.initial)
         if not getattr(module, "ends_residual_branch", False) or config.residual_init == "normal":
             return
         if config.residual_init == "zero":
@@ -253,13 +265,15 @@ class ZooPreTrainedModel(PreTrainedModel):
         not as `required`, or that none has."""
         config = self.config
         required = {
-            **required,
             "norm": "layernorm",
             "qk_norm": False,
             "use_bias": True,
+            "qkv_bias": True,
+            "layer_scale": None,
             "num_key_value_heads": config.num_attention_heads,
             "head_dim": config.hidden_size // config.num_attention_heads,
             "class_weights": None,
+            **required,
         }
         for option, value in required.items():
             if getattr(config, option) != value:

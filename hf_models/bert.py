@@ -78,7 +78,7 @@ class ZooBertConfig(TextConfig):
         "AutoModelForQuestionAnswering": "bert.ZooBertForQuestionAnswering",
     }
     _auto_class = "AutoConfig"
-    stock_model_type = "bert"
+    stock_model_types = ("bert",)
 
     vocab_size: int = 30522
     type_vocab_size: int = 2

@@ -61,7 +61,7 @@ class ZooGPTConfig(TextConfig):
         "AutoModelForSequenceClassification": "gpt.ZooGPTForSequenceClassification",
     }
     _auto_class = "AutoConfig"
-    stock_model_type = "gpt2"
+    stock_model_types = ("gpt2",)
 
     vocab_size: int = 50257
     max_position_embeddings: int = 1024

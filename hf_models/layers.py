@@ -112,9 +112,9 @@ class MultiHeadAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.use_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.use_bias)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.use_bias)
         self.o_proj.ends_residual_branch = True  # `residual_init` decides how it starts
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
@@ -224,16 +224,60 @@ def make_norm(config) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.use_bias)
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each of D channels, small at first (Touvron et al. 2021, "CaiT", equation 4)."""
+
+    def __init__(self, dim: int, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.full((dim,), float(initial)))
+
+    def forward(self, branch):
+        return branch * self.weight
+
+
+class DropPath(nn.Module):
+    """Leaves a branch out for whole samples in training, each with probability `rate`, and scales it up for the others
+    (Huang et al. 2016, "stochastic depth")."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch):
+        if not self.training:
+            return branch
+        keep = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - self.rate)
+        return branch * (keep / (1 - self.rate))
+
+
 class TransformerBlock(GradientCheckpointingLayer):
     """Self-attention, optionally cross-attention, feed-forward; each around a residual connection.
 
     `norm_position` decides where a sublayer f is normalised:
         post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1);
         pre:  x + f(norm(x)) (Xiong et al. 2020, figure 1).
+
+    Args:
+        drop_path: probability that a branch is left out in training.
     """
 
-    def __init__(self, config, layer_idx: int, *, is_causal: bool = False, cross_attention: bool = False):
+    def __init__(
+        self,
+        config,
+        layer_idx: int,
+        *,
+        is_causal: bool = False,
+        cross_attention: bool = False,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
+
+        def after_branch():
+            steps = [nn.Dropout(config.hidden_dropout)] if config.hidden_dropout else []
+            steps += [LayerScale(config.hidden_size, config.layer_scale)] if config.layer_scale else []
+            return nn.Sequential(*steps, *([DropPath(drop_path)] if drop_path else []))
+
         self.pre_norm = config.norm_position == "pre"
         self.attention = MultiHeadAttention(config, layer_idx, is_causal=is_causal)
         self.attention_norm = make_norm(config)
@@ -241,7 +285,9 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.cross_attention_norm = make_norm(config) if cross_attention else None
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = make_norm(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_branch = after_branch()
+        self.cross_attention_branch = after_branch() if cross_attention else None
+        self.feed_forward_branch = after_branch()
 
     def forward(
         self,
@@ -284,15 +330,16 @@ class TransformerBlock(GradientCheckpointingLayer):
                 key_position=encoder_position_embeddings,
             )[0]
 
-        hidden_states = self._residual(hidden_states, attend, self.attention_norm)
+        hidden_states = self._residual(hidden_states, attend, self.attention_norm, self.attention_branch)
         if self.cross_attention is not None:
-            hidden_states = self._residual(hidden_states, cross_attend, self.cross_attention_norm)
-        return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm)
+            norm, branch = self.cross_attention_norm, self.cross_attention_branch
+            hidden_states = self._residual(hidden_states, cross_attend, norm, branch)
+        return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm, self.feed_forward_branch)
 
-    def _residual(self, hidden_states, sublayer, norm):
+    def _residual(self, hidden_states, sublayer, norm, branch):
         if self.pre_norm:
-            return hidden_states + self.dropout(sublayer(norm(hidden_states)))
-        return norm(hidden_states + self.dropout(sublayer(hidden_states)))
+            return hidden_states + branch(sublayer(norm(hidden_states)))
+        return norm(hidden_states + branch(sublayer(hidden_states)))
 
 
 class TransformerStack(nn.ModuleList):
@@ -301,7 +348,13 @@ class TransformerStack(nn.ModuleList):
 
     def __init__(self, config, num_layers: int, *, is_causal: bool = False, cross_attention: bool = False):
         super().__init__(
-            TransformerBlock(config, layer_idx, is_causal=is_causal, cross_attention=cross_attention)
+            TransformerBlock(
+                config,
+                layer_idx,
+                is_causal=is_causal,
+                cross_attention=cross_attention,
+                drop_path=config.drop_path * layer_idx / max(1, num_layers - 1),  # the deeper, the more often
+            )
             for layer_idx in range(num_layers)
         )
 
@@ -377,6 +430,24 @@ def rotary_angles(position_ids, head_dim: int, theta: float = 10000.0, dtype: to
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids.to(torch.float32)[:, None, :, None] / theta**exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_angles_2d(rows, columns, head_dim: int, theta: float = 100.0, dtype: torch.dtype = torch.float32):
+    """Rotations for places in a plane: the first half of the pairs turns by the row, the other by the column (Heo et
+    al. 2024, "Rotary position embedding for vision transformer", section 3.2, axial frequencies).
+
+    Args:
+        rows, columns: (P,), the coordinates of each place.
+        head_dim: a multiple of four.
+
+    Returns:
+        Cosines and sines, (1, 1, P, H / 2) each.
+    """
+    if head_dim % 4:
+        raise ValueError(f"two-dimensional rotary positions need a head_dim divisible by four, not {head_dim}")
+    parts = [rotary_angles(places[None], head_dim // 2, theta, dtype) for places in (rows, columns)]
+    cosines, sines = zip(*parts, strict=True)
+    return torch.cat(cosines, dim=-1), torch.cat(sines, dim=-1)
 
 
 def apply_rotary(states, cosines, sines):
@@ -474,8 +545,9 @@ def classification_loss(logits, labels, config, num_items=None):
 
     Args:
         logits: (B, C).
-        labels: (B,) class ids; (B,) or (B, C) numbers for regression; (B, C) of 0 and 1 for multi-label
-            classification. `config.problem_type` decides between them, and is set from the labels where it is None.
+        labels: (B,) class ids, or (B, C) probabilities of the classes; (B,) or (B, C) numbers for regression; (B, C)
+            of 0 and 1 for multi-label classification. `config.problem_type` decides between them, and is set from the
+            labels where it is None.
         num_items: what the sum is divided by; by default the number of labels (their weights, with
             `config.class_weights`).
     """
@@ -484,9 +556,14 @@ def classification_loss(logits, labels, config, num_items=None):
         is_class_ids = not labels.is_floating_point()
         several = "single_label_classification" if is_class_ids else "multi_label_classification"
         config.problem_type = "regression" if logits.shape[-1] == 1 else several
-    if config.problem_type == "single_label_classification":
+    if config.problem_type == "single_label_classification" and not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items, config.class_weights)
     logits, labels = logits.float(), labels.reshape(logits.shape).float()
+    if config.problem_type == "single_label_classification":
+        weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+        total = F.cross_entropy(logits, labels, weight=weights, reduction="sum")
+        counts = labels if weights is None else labels * weights
+        return total / as_divisor(counts.sum() if num_items is None else num_items, total.device)
     if config.problem_type == "regression":
         losses = F.mse_loss(logits, labels, reduction="none")
     else:

@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .bert import ZooBertConfig, ZooBertForPreTraining
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
+from .mae import ZooViTMAEConfig, ZooViTMAEForPreTraining
+from .vit import ZooViTConfig, ZooViTForImageClassification
 
 
 class ZooEntry(NamedTuple):
@@ -44,6 +46,18 @@ def _bert(paper: str, layers: int, hidden: int, **options) -> ZooEntry:
     return ZooEntry(ZooBertForPreTraining, ZooBertConfig, options, paper)
 
 
+def _vit(paper: str, layers: int, hidden: int, heads: int, patch: int, size: int, **options) -> ZooEntry:
+    options = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, **options}
+    return ZooEntry(
+        ZooViTForImageClassification, ZooViTConfig, {"patch_size": patch, "image_size": size, **options}, paper
+    )
+
+
+def _mae(layers: int, hidden: int, heads: int, patch: int, size: int, **options) -> ZooEntry:
+    vit = _vit(MAE, layers, hidden, heads, patch, size, **options)
+    return ZooEntry(ZooViTMAEForPreTraining, ZooViTMAEConfig, vit.options, vit.paper)
+
+
 # What small models learn fastest with here: rotary positions, normalised queries and keys, RMSNorm, squared ReLU,
 # blocks that start as the identity, and no biases.
 MODERN = {
@@ -61,8 +75,22 @@ NANO = {"vocab_size": 66, "use_bias": False, "hidden_act": "gelu"}
 GPT1 = "Radford et al. 2018"
 GPT2 = "Radford et al. 2019"
 BERT = "Devlin et al. 2019"
+VIT = "Dosovitskiy et al. 2021"
+DEIT = "Touvron et al. 2021"
+MAE = "He et al. 2022"
 COMPACT = "Turc et al. 2019"
 SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
+
+# Layers, width, heads.
+VIT_SIZES = {
+    "tiny": (DEIT, 12, 192, 3),
+    "small": (DEIT, 12, 384, 6),
+    "base": (VIT, 12, 768, 12),
+    "large": (VIT, 24, 1024, 16),
+    "huge": (VIT, 32, 1280, 16),
+}
+# Decoders of masked autoencoders for small images.
+LIGHT = {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
 
 ZOO: dict[str, ZooEntry] = {
     "gpt1": _gpt(
@@ -87,6 +115,19 @@ ZOO: dict[str, ZooEntry] = {
     "bert-base": _bert(BERT, 12, 768),
     "bert-large": _bert(BERT, 24, 1024),
     "bert-modern-mini": _bert(SMALL, 4, 256, vocab_size=8192, norm_position="pre", **MODERN),
+    **{
+        f"vit-{name}-patch{patch}-224": _vit(*size, patch, 224)
+        for name, size in VIT_SIZES.items()
+        for patch in (14, 16, 32)
+    },
+    "vit-mini-patch4-28": _vit(VIT, 6, 128, 4, 4, 28, num_channels=1),
+    "vit-mini-patch4-32": _vit(VIT, 12, 192, 3, 4, 32),
+    "vit-mini-patch8-64": _vit(VIT, 12, 192, 3, 8, 64),
+    "vit-mae-base-patch16-224": _mae(12, 768, 12, 16, 224),
+    "vit-mae-large-patch16-224": _mae(24, 1024, 16, 16, 224),
+    "vit-mae-huge-patch14-224": _mae(32, 1280, 16, 14, 224),
+    "vit-mae-mini-patch4-28": _mae(6, 128, 4, 4, 28, num_channels=1, **LIGHT),
+    "vit-mae-mini-patch4-32": _mae(12, 192, 3, 4, 32, **LIGHT),
     "gpt-char-nanogpt": _gpt("Karpathy 2022, nanoGPT", 4, 128, 4, max_position_embeddings=64, **NANO),
     "gpt-char-nanogpt-gpu": _gpt("Karpathy 2022, nanoGPT", 6, 384, 6, max_position_embeddings=256, **NANO),
     "gpt-char": _gpt(SMALL, 4, 128, 4, vocab_size=66, max_position_embeddings=64, **MODERN),

@@ -1,0 +1,262 @@
+"""MAE: a ViT that learns from images without labels, by painting three quarters of each image that it never saw
+(He et al. 2022).
+
+visible, masked = a random quarter of the patches, the others
+h    = ViT(visible)                                           the encoder, on a quarter of the tokens
+g_0  = W_d [h; mask token at every masked place] + positions  the decoder, light, on all of them
+loss = mean over masked patches p of ||W_o g_L[p] - normalised pixels of p||^2
+
+B batch, C channels, P patches, K visible patches, D hidden size
+"""
+
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput, ViTMAEModelOutput
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .layers import MultiHeadAttention, TransformerStack, as_divisor, make_norm
+from .vit import VIT_RENAMINGS, PatchPositions, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
+
+
+@strict
+class ZooViTMAEConfig(ZooViTConfig):
+    """A masked autoencoder: the encoder's fields are `ZooViTConfig`'s, the defaults MAE with ViT-B/16.
+
+    Args:
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
+            decoder.
+        mask_ratio: part of the patches that the encoder does not see.
+        norm_pix_loss: whether the pixels to paint are normalised within each patch (section 4.1, table 1d).
+    """
+
+    model_type = "zoo_vit_mae"
+    family_auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "mae.ZooViTMAEConfig",
+        "AutoModel": "mae.ZooViTMAEModel",
+        "AutoModelForPreTraining": "mae.ZooViTMAEForPreTraining",
+    }
+    stock_model_types = ("vit_mae",)
+
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int | None = None
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_decoder(self):
+        """Checks the decoder's fields, and that a part of each image is masked and a part visible."""
+        rows, columns = self.grid_size
+        if not 0 < self.num_visible(rows * columns) < rows * columns:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} of {rows} x {columns} patches leaves none masked, or none visible"
+            )
+        if self.stem_channels:
+            raise ValueError("stem_channels: a convolution would see masked patches; MAE takes a ViT without a stem")
+        self.decoder_config().validate()
+
+    def num_visible(self, num_patches: int) -> int:
+        """How many of an image's patches the encoder sees."""
+        return int(num_patches * (1 - self.mask_ratio))
+
+    def decoder_config(self) -> ZooViTConfig:
+        """The decoder as a ViT's config."""
+        fields = {name: getattr(self, name) for name in ZooViTConfig.__dataclass_fields__ if not name.startswith("_")}
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            fields[name] = getattr(self, f"decoder_{name}")
+        fields |= {"num_key_value_heads": None, "head_dim": None, "drop_path": 0.0}
+        return ZooViTConfig(**fields)
+
+
+class ZooViTMAEPreTrainedModel(ZooViTPreTrainedModel):
+    config_class = ZooViTMAEConfig
+    _keys_to_ignore_on_load_unexpected = []
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MAEDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+
+
+def random_masking(noise, num_visible: int):
+    """Chooses the patches with the least noise as the visible ones (section 3, "Simple implementation").
+
+    Args:
+        noise: (B, P), any numbers.
+
+    Returns:
+        `visible` (B, K), their places; `mask` (B, P), 1 where a patch is masked; `ids_restore` (B, P), for each patch
+        its place among [visible; masked].
+    """
+    order = noise.argsort(dim=1)
+    ids_restore = order.argsort(dim=1)
+    return order[:, :num_visible], (ids_restore >= num_visible).to(torch.float32), ids_restore
+
+
+class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
+    """The encoder: a ViT that sees a random part of the patches."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: ZooViTMAEConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
+    ) -> ViTMAEModelOutput:
+        """
+        Args:
+            pixel_values: (B, C, H, W).
+            noise: (B, P), which decides what is masked: the patches with the least stay visible. Default: random.
+
+        Returns:
+            `last_hidden_state` (B, prefix + K, D), and `mask`, `ids_restore` as in `random_masking`.
+        """
+        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        if noise is None:
+            noise = torch.rand(len(pixel_values), height * width, device=pixel_values.device)
+        visible, mask, ids_restore = random_masking(noise, self.config.num_visible(height * width))
+        hidden_states, rotary = self.embed(pixel_values, interpolate_pos_encoding, visible)
+        outputs = self.encode(hidden_states, rotary, **kwargs)
+        return ViTMAEModelOutput(last_hidden_state=outputs.last_hidden_state, mask=mask, ids_restore=ids_restore)
+
+
+class MAEDecoder(nn.Module):
+    """Visible patches' states and a mask token elsewhere, to the pixels of every patch: a small ViT."""
+
+    def __init__(self, config: ZooViTMAEConfig):
+        super().__init__()
+        sizes = config.decoder_config()
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, sizes.hidden_size))
+        self.positions = PatchPositions(sizes)
+        self.layers = TransformerStack(sizes, sizes.num_hidden_layers)
+        self.norm = make_norm(sizes)
+        self.head = nn.Linear(sizes.hidden_size, config.patch_size**2 * config.num_channels)
+        for module in self.layers.modules():
+            if isinstance(module, MultiHeadAttention):
+                module.config = config  # where the backend is set
+
+    def forward(self, hidden_states, ids_restore, height: int, width: int, **kwargs):
+        """(B, prefix + K, D) and (B, P) -> (B, P, p p C)."""
+        hidden_states = self.embed(hidden_states)
+        prefix, visible = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
+        num_masked = ids_restore.shape[1] - visible.shape[1]
+        patches = torch.cat((visible, self.mask_token.expand(len(visible), num_masked, -1)), dim=1)
+        patches = patches.take_along_dim(ids_restore[..., None], dim=1)  # to their places
+        dtype, device = patches.dtype, patches.device
+        patches = patches + self.positions.vectors(height, width, dtype, device)
+        rotary = self.positions.rotations(height, width, self.num_prefix_tokens, dtype, device)
+        if self.positions.has_class_token:
+            prefix = torch.cat((prefix[:, :1] + self.positions.class_vector(), prefix[:, 1:]), dim=1)
+        hidden_states = self.layers(torch.cat((prefix, patches), dim=1), None, rotary=rotary, **kwargs)
+        return self.head(self.norm(hidden_states)[:, self.num_prefix_tokens :])
+
+
+class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
+    """The masked autoencoder: encoder, decoder, and the loss on the pixels of masked patches."""
+
+    _auto_class = "AutoModelForPreTraining"
+
+    def __init__(self, config: ZooViTMAEConfig):
+        super().__init__(config)
+        self.vit = ZooViTMAEModel(config)
+        self.decoder = MAEDecoder(config)
+        self.post_init()
+
+    def patchify(self, images):
+        """(B, C, H, W) -> (B, P, p p C), the channels of a pixel side by side, as stock has them."""
+        size = self.config.patch_size
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, columns, p, p)
+        return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches, original_image_size: tuple[int, int] | None = None):
+        """The images (B, C, H, W) of patches (B, P, p p C); by default of `config.grid_size`."""
+        size, grid = self.config.patch_size, self.config.grid_size
+        if original_image_size is not None:
+            grid = tuple(side // size for side in original_image_size)
+        patches = patches.unflatten(2, (size, size, -1)).unflatten(1, grid)  # (B, rows, columns, p, p, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def normalized_pixels(self, pixel_values):
+        """What the decoder is to paint, (B, P, p p C)."""
+        target = self.patchify(pixel_values)
+        if self.config.norm_pix_loss:
+            mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return target
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ViTMAEForPreTrainingOutput:
+        """
+        Args:
+            pixel_values, noise: as in `ZooViTMAEModel`.
+            num_items_in_batch: what the loss, summed over masked patches, is divided by; by default their number.
+
+        Returns:
+            `loss`, `logits` (B, P, p p C), `mask` and `ids_restore` (B, P); attention maps and hidden states are the
+            encoder's.
+        """
+        outputs = self.vit(pixel_values, noise, interpolate_pos_encoding, **kwargs)
+        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.pop(name, None)
+        logits = self.decoder(outputs.last_hidden_state, outputs.ids_restore, height, width, **kwargs)
+        losses = (logits.float() - self.normalized_pixels(pixel_values).float()).square().mean(-1)  # (B, P)
+        num_items = outputs.mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (losses * outputs.mask).sum() / as_divisor(num_items, losses.device)
+        return ViTMAEForPreTrainingOutput(
+            loss=loss,
+            logits=logits,
+            mask=outputs.mask,
+            ids_restore=outputs.ids_restore,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# Stock ViTMAE key names, both ways; transformers 5 saves the decoder's blocks under another name than it publishes.
+register_checkpoint_conversion_mapping(
+    ZooViTMAEConfig.model_type,
+    [
+        WeightRenaming([r"decoder\.decoder_layers\.", r"decoder\.decoder_encoder\.layer\."], r"decoder\.layers\."),
+        WeightRenaming(r"decoder\.decoder_embed\.", r"decoder\.embed\."),
+        WeightRenaming(r"decoder\.decoder_norm\.", r"decoder\.norm\."),
+        WeightRenaming(r"decoder\.decoder_pred\.", r"decoder\.head\."),
+        WeightConverter(
+            [r"decoder\.decoder_pos_embed", r"decoder\.positions\.weight"],
+            r"decoder\.positions\.weight",
+            operations=[ResizePositions()],
+        ),
+        *VIT_RENAMINGS,
+    ],
+    overwrite=True,
+)
