@@ -30,9 +30,7 @@ for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig)
             model_class = globals()[name.split(".")[1]]
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
 
-with contextlib.suppress(
-    ImportError
-):  # the oldest transformers we support have no image processors without torchvision
+with contextlib.suppress(ImportError):  # the oldest transformers we support need torchvision for them
     image_processors = {"pil": transformers.ViTImageProcessorPil}
     if is_torchvision_available():
         image_processors["torchvision"] = transformers.ViTImageProcessor

@@ -207,12 +207,13 @@ class ZooPreTrainedModel(PreTrainedModel):
         config = self.config
         if isinstance(module, LayerScale):
             init.constant_(module.weight, module.initial)
-        if not getattr(module, "ends_residual_branch", False) or config.residual_init == "normal":
+        num_branches = getattr(module, "num_residual_branches", None)
+        if num_branches is None or config.residual_init == "normal":
             return
         if config.residual_init == "zero":
             init.zeros_(module.weight)
         else:
-            init.normal_(module.weight, mean=0.0, std=config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)
+            init.normal_(module.weight, mean=0.0, std=config.initializer_range / num_branches**0.5)
 
     def check_output_attentions(self, output_attentions):
         """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""

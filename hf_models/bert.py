@@ -7,7 +7,7 @@ p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
 p(B follows A) = softmax(W_n tanh(W h_L[first token]))
 
 Neither padding nor the scores of tokens that nobody asked for are ever computed: a padded batch is packed before the
-first block (`layers.Packing`), and in training the head runs on the masked places alone (`layers.scored_places`).
+first block (`layers.Packing`), and in training the head runs on the masked places alone (`losses.scored_places`).
 
 B batch, T tokens, D hidden size, V vocabulary, M masked places, S sequences packed in one row
 """
@@ -33,18 +33,8 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
-from .layers import (
-    ACTIVATIONS,
-    Packing,
-    TransformerStack,
-    classification_loss,
-    cross_entropy,
-    is_plain_linear,
-    linear_cross_entropy,
-    make_norm,
-    scored_places,
-    states_at,
-)
+from .layers import ACTIVATIONS, Packing, TransformerStack, is_plain_linear, make_norm
+from .losses import classification_loss, cross_entropy, linear_cross_entropy, scored_places, states_at
 from .question_answering import answer_question
 
 
@@ -254,7 +244,7 @@ class MaskedTokenHead(nn.Module):
     def loss(self, hidden_states, labels, masked_positions=None, num_items=None):
         """Cross-entropy of the masked tokens (B, T), without a score for any other place.
 
-        `masked_positions` (B, M) as in `layers.scored_places`; `num_items` divides the sum.
+        `masked_positions` (B, M) as in `losses.scored_places`; `num_items` divides the sum.
         """
         hidden_states, labels = scored_places(hidden_states, labels, masked_positions)
         features = self.features(hidden_states)

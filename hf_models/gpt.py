@@ -27,7 +27,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
-from .layers import TransformerStack, classification_loss, is_plain_linear, linear_cross_entropy, make_norm
+from .layers import TransformerStack, is_plain_linear, make_norm
+from .losses import classification_loss, linear_cross_entropy
 
 
 @strict

@@ -22,8 +22,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .layers import MultiHeadAttention, TransformerStack, as_divisor, make_norm
-from .vit import VIT_RENAMINGS, PatchPositions, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
+from .layers import MultiHeadAttention, TransformerStack, make_norm
+from .losses import as_divisor
+from .patches import PatchPositions
+from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
 
 
 @strict
@@ -132,7 +134,7 @@ class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
         Returns:
             `last_hidden_state` (B, prefix + K, D), and `mask`, `ids_restore` as in `random_masking`.
         """
-        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        height, width = self.patch_grid(pixel_values)
         if noise is None:
             noise = torch.rand(len(pixel_values), height * width, device=pixel_values.device)
         visible, mask, ids_restore = random_masking(noise, self.config.num_visible(height * width))
@@ -226,7 +228,7 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
             encoder's.
         """
         outputs = self.vit(pixel_values, noise, interpolate_pos_encoding, **kwargs)
-        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        height, width = self.patch_grid(pixel_values)
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.pop(name, None)
         logits = self.decoder(outputs.last_hidden_state, outputs.ids_restore, height, width, **kwargs)

@@ -8,12 +8,10 @@ p(class) = softmax(W_c norm(h_L)[class token])               (equation 4)
 B batch, C channels, P patches, T tokens (class token, registers, patches), D hidden size, N heads
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
+import math
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
@@ -26,14 +24,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import (
-    LearnedPositions2D,
-    TransformerStack,
-    classification_loss,
-    make_norm,
-    rotary_angles_2d,
-    sinusoidal_encoding_2d,
-)
+from .layers import TransformerStack, make_norm
+from .losses import classification_loss
+from .patches import ClassAndRegisterTokens, PatchEmbedding, PatchPositions, StemConvolution, resize_positions
+
+
+def grid_of(image_size, patch_size) -> tuple[int, int]:
+    """Rows and columns of patches; each size is a number of pixels, or [height, width]."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+    return height // patch_size, width // patch_size
 
 
 @strict
@@ -93,10 +93,22 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if config_dict.get("model_type") == "zoo_vit_mae" and cls.model_type == "zoo_vit":  # its encoder
-            known = {field.name for field in fields(cls)} | {"id2label", "label2id", "dtype"}
-            config_dict = {name: value for name, value in config_dict.items() if name in known}
-            config_dict["model_type"] = cls.model_type
+        if cls.model_type == "zoo_vit":  # of a masked autoencoder, the encoder
+            if config_dict.get("model_type") == "zoo_vit_mae":
+                config_dict["model_type"] = cls.model_type
+                config_dict.pop("auto_map", None)
+            for name in [name for name in config_dict if name.startswith(("decoder_", "mask_ratio", "norm_pix_loss"))]:
+                del config_dict[name]
+        if not config_dict.get("position_grid"):  # before `image_size` may be overridden
+            size, patch = (config_dict.get(name, getattr(cls, name)) for name in ("image_size", "patch_size"))
+            config_dict["position_grid"] = grid_of(size, patch)
+        size, given = config_dict.get("image_size"), kwargs.get("image_size")
+        is_learned = config_dict.get("position_embedding_type", "learned") == "learned"
+        if is_learned and isinstance(size, list) and size[0] != size[-1] and given not in (None, size, tuple(size)):
+            raise ValueError(
+                f"image_size {given}: learned positions for images of {size} are interpolated as they run, not when "
+                "loaded; leave image_size unchanged"
+            )
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
@@ -109,7 +121,8 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
                 raise ValueError(f"patch_size {list(self.patch_size)}: patches are square here, give one number")
             self.patch_size = self.patch_size[0]
         if not isinstance(self.image_size, int):
-            self.image_size = list(self.image_size)
+            self.image_size = list(self.image_size) if len(self.image_size) > 1 else self.image_size[0]
+        self.check_images()  # before a grid is made of them
         self.stem_channels = list(self.stem_channels)
         self.position_grid = list(self.position_grid or self.grid_size)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -120,22 +133,24 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches in an image of `image_size`."""
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height // self.patch_size, width // self.patch_size
+        return grid_of(self.image_size, self.patch_size)
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches."""
         return (self.pooling != "mean") + self.num_register_tokens
 
-    def validate_images(self):
-        """Checks that image, patch and positions fit."""
+    def check_images(self):
+        """Raises a `ValueError` unless an image divides into patches."""
         size = [self.image_size] if isinstance(self.image_size, int) else self.image_size
         if len(size) > 2 or self.patch_size < 1 or any(side < 1 or side % self.patch_size for side in size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: change one of them"
             )
+
+    def validate_images(self):
+        """Checks that image, patch and positions fit."""
+        self.check_images()
         if self.patch_size % 2 ** len(self.stem_channels):
             raise ValueError(
                 f"patch_size {self.patch_size} is not a multiple of the {2 ** len(self.stem_channels)} pixels that "
@@ -166,8 +181,24 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
         if isinstance(module, (ClassAndRegisterTokens, PatchPositions)):
             for parameter in module.parameters(recurse=False):
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
-        elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchProjection):
+        elif isinstance(module, StemConvolution):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
+
+    def patch_grid(self, pixel_values) -> tuple[int, int]:
+        """Rows and columns of patches in images (B, C, H, W); raises a `ValueError` for any that do not fit."""
+        size, channels = self.config.patch_size, self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}, but num_channels is {channels}, so it has to be "
+                f"(batch, {channels}, height, width): convert the images, or set num_channels"
+            )
+        height, width = pixel_values.shape[2:]
+        if height % size or width % size:
+            raise ValueError(
+                f"pixel_values of {height} x {width} do not divide into patches of {size}: resize the images to a "
+                "multiple of patch_size"
+            )
+        return height // size, width // size
 
     def stock_class_and_config(self):
         import transformers
@@ -185,156 +216,6 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
             stem_channels=[],
         )
         return stock_class, stock_config
-
-
-# ------------------------------------------------------------------------------------------------- images to tokens
-
-
-def patchify(images, patch_size: int):
-    """Cuts images (B, C, H, W) into patches (B, P, C p p), row by row."""
-    patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # (B, C, rows, columns, p, p)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-
-
-class PatchProjection(nn.Conv2d):
-    """A linear map of each patch. Its weight (D, C, p, p) is a convolution's, as in stock; the product is the same."""
-
-    def __init__(self, num_channels: int, hidden_size: int, patch_size: int):
-        super().__init__(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images):
-        """(B, C, H, W) -> (B, P, D)."""
-        return F.linear(patchify(images, self.kernel_size[0]), self.weight.flatten(1), self.bias)
-
-
-class StemStage(nn.Module):
-    """A residual block (He et al. 2016) that halves the resolution, normalised by groups, so that the images of a
-    batch do not depend on each other (Wu and He 2018), as the paper's hybrids are."""
-
-    def __init__(self, num_inputs: int, num_channels: int):
-        super().__init__()
-        groups = next(number for number in (32, 16, 8, 4, 2, 1) if num_channels % (2 * number) == 0 or number == 1)
-        self.shortcut = nn.Conv2d(num_inputs, num_channels, 3, stride=2, padding=1, bias=False)
-        self.shortcut_norm = nn.GroupNorm(groups, num_channels)
-        self.conv1 = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(groups, num_channels)
-        self.conv2 = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(groups, num_channels)
-
-    def forward(self, images):
-        """(B, C, H, W) -> (B, C', H / 2, W / 2)."""
-        images = F.relu(self.shortcut_norm(self.shortcut(images)))
-        branch = F.relu(self.norm1(self.conv1(images)))
-        return F.relu(images + self.norm2(self.conv2(branch)))
-
-
-class PatchEmbedding(nn.Module):
-    """Images to one vector per patch, through the convolutional stem if there is one."""
-
-    def __init__(self, config: ZooViTConfig):
-        super().__init__()
-        self.num_channels, self.patch_size = config.num_channels, config.patch_size
-        widths = [config.num_channels, *config.stem_channels]
-        self.stem = nn.Sequential(*(StemStage(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)))
-        remaining = config.patch_size // 2 ** len(config.stem_channels)
-        self.projection = PatchProjection(widths[-1], config.hidden_size, remaining)
-
-    def forward(self, pixel_values):
-        """(B, C, H, W) -> (B, P, D).
-
-        Raises:
-            ValueError: another number of channels, or a size that is not a multiple of the patch.
-        """
-        num_channels, height, width = pixel_values.shape[1:]
-        if num_channels != self.num_channels:
-            raise ValueError(
-                f"pixel_values have {num_channels} channels, but num_channels is {self.num_channels}: convert the "
-                "images, or set num_channels"
-            )
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"an image of {height} x {width} pixels does not divide into patches of {self.patch_size}: resize it "
-                "to a multiple of patch_size"
-            )
-        return self.projection(self.stem(pixel_values.to(self.projection.weight.dtype)))
-
-
-class ClassAndRegisterTokens(nn.Module):
-    """What comes before the patches: the class token, if `pooling` wants one, and registers."""
-
-    def __init__(self, config: ZooViTConfig):
-        super().__init__()
-        shapes = {"cls": (1, int(config.pooling != "mean")), "registers": (1, config.num_register_tokens)}
-        for name, shape in shapes.items():
-            token = nn.Parameter(torch.empty(*shape, config.hidden_size)) if shape[1] else None
-            self.register_parameter(name, token)
-
-    def forward(self, patches, class_position=0):
-        """(B, P, D) -> (B, T, D)."""
-        prefix = [] if self.cls is None else [self.cls + class_position]
-        prefix += [] if self.registers is None else [self.registers]
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
-
-
-class PatchPositions(nn.Module):
-    """Where each patch of a grid is. An image of another size than `config.image_size` gets positions in between, as
-    if its grid were laid over the one the model was made for (section 3.2)."""
-
-    def __init__(self, config: ZooViTConfig):
-        super().__init__()
-        self.kind, self.grid_size, self.counted = config.position_embedding_type, config.grid_size, config.position_grid
-        self.dim, self.head_dim, self.theta = config.hidden_size, config.head_dim, config.rope_theta
-        self.has_class_token = config.pooling != "mean"
-        rows, columns = self.grid_size
-        learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
-        self.register_parameter("weight", learned if self.kind == "learned" else None)
-        self.halves = LearnedPositions2D(rows, columns, self.dim) if self.kind == "learned_2d" else None
-
-    def class_vector(self):
-        """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""
-        return self.weight[:, :1] if self.has_class_token and self.kind == "learned" else 0
-
-    def vectors(self, height: int, width: int, dtype: torch.dtype, device):
-        """What to add to the patches of a grid, (1, height x width, D); 0 for rotary positions."""
-        if self.kind == "rotary":
-            return 0
-        if self.kind == "sinusoidal":
-            rows, columns = self.coordinates(height, width, device)
-            return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
-        if self.kind == "learned_2d":
-            grid = self.halves(*self.grid_size).flatten(0, 1)[None]
-        else:
-            grid = self.weight[:, int(self.has_class_token) :]
-        return resize_positions(grid, self.grid_size, (height, width))
-
-    def rotations(self, height: int, width: int, num_prefix_tokens: int, dtype: torch.dtype, device):
-        """Cosines and sines (1, 1, T, H / 2) for attention, or None; tokens before the patches do not turn."""
-        if self.kind != "rotary":
-            return None
-        rows, columns = self.coordinates(height, width, device)
-        cosines, sines = rotary_angles_2d(rows, columns, self.head_dim, self.theta, dtype)
-        prefix = (0, 0, num_prefix_tokens, 0)
-        return F.pad(cosines, prefix, value=1.0), F.pad(sines, prefix)
-
-    def coordinates(self, height: int, width: int, device):
-        """Row and column (P,) of every patch, as places in `config.position_grid`."""
-        places = [
-            (torch.arange(number, device=device) + 0.5) * (counted / number) - 0.5
-            for number, counted in zip((height, width), self.counted, strict=True)
-        ]
-        return [axis.flatten() for axis in torch.meshgrid(*places, indexing="ij")]
-
-
-def resize_positions(grid, old: Sequence[int], new: Sequence[int]):
-    """Vectors (1, rows x columns, D) of an old grid, interpolated to a new one."""
-    if tuple(old) == tuple(new):
-        return grid
-    planes = grid.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
-    planes = F.interpolate(planes, size=tuple(new), mode="bicubic", align_corners=False)
-    return planes.permute(0, 2, 3, 1).flatten(1, 2).to(grid.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- the models
 
 
 class ZooViTModel(ZooViTPreTrainedModel):
@@ -382,7 +263,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
 
         visible: (B, K), the patches to keep; by default all of them.
         """
-        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        height, width = self.patch_grid(pixel_values)
         if interpolate_pos_encoding is False and (height, width) != self.config.grid_size:
             raise ValueError(
                 f"an image of {tuple(pixel_values.shape[2:])} pixels, but image_size is {self.config.image_size}: "
@@ -444,7 +325,7 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
         """
         Args:
             pixel_values: (B, C, H, W).
-            labels: as in `layers.classification_loss`; probabilities (B, num_labels) of the classes if
+            labels: as in `losses.classification_loss`; probabilities (B, num_labels) of the classes if
                 `config.problem_type` is "single_label_classification".
             num_items_in_batch: what the summed loss is divided by; by default the number of images.
         """
@@ -479,7 +360,7 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
             `feature_maps`, one (B, D, H / p, W / p) for each of `config.out_features`, normalised by the last norm.
         """
         outputs = self.vit(pixel_values, output_hidden_states=True, **kwargs)
-        height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+        height, width = self.patch_grid(pixel_values)
         maps = []
         for name, states in zip(self.config.stage_names, outputs.hidden_states, strict=True):
             if name in self.config.out_features:
@@ -505,12 +386,7 @@ class ResizePositions(ConversionOps):
         grid, num_prefix = config.grid_size, int(config.pooling != "mean")
         num_old = weight.shape[1] - num_prefix
         if num_old != grid[0] * grid[1]:
-            side = round(num_old**0.5)
-            if side * side != num_old:
-                raise ValueError(
-                    f"image_size {config.image_size} needs {grid[0]} x {grid[1]} positions, and the {num_old} of the "
-                    "checkpoint are no square to interpolate: leave image_size unchanged"
-                )
+            side = math.isqrt(num_old)  # `get_config_dict` has refused others
             patches = resize_positions(weight[:, num_prefix:], (side, side), grid)
             weight = torch.cat((weight[:, :num_prefix], patches), dim=1)
         return {target_patterns[0]: weight}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .bert import ZooBertConfig, ZooBertForPreTraining
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
@@ -89,6 +90,16 @@ VIT_SIZES = {
     "large": (VIT, 24, 1024, 16),
     "huge": (VIT, 32, 1280, 16),
 }
+# What small grey images are learnt fastest with here: positions that are as large as the patches' vectors from the
+# first step on.
+STRONG_POSITIONS = {
+    "num_channels": 1,
+    "pooling": "mean",
+    "position_embedding_type": "sinusoidal",
+    "initializer_range": 0.06,
+    "residual_init": "scaled",
+    "use_bias": False,
+}
 # Decoders of masked autoencoders for small images.
 LIGHT = {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
 
@@ -120,9 +131,11 @@ ZOO: dict[str, ZooEntry] = {
         for name, size in VIT_SIZES.items()
         for patch in (14, 16, 32)
     },
+    "vit-mini-patch2-8": _vit(VIT, 4, 128, 4, 2, 8, **STRONG_POSITIONS),
     "vit-mini-patch4-28": _vit(VIT, 6, 128, 4, 4, 28, num_channels=1),
     "vit-mini-patch4-32": _vit(VIT, 12, 192, 3, 4, 32),
     "vit-mini-patch8-64": _vit(VIT, 12, 192, 3, 8, 64),
+    "vit-hybrid-mini-patch8-32": _vit(VIT, 4, 128, 4, 8, 32, stem_channels=[32, 64, 128], **STRONG_POSITIONS),
     "vit-mae-base-patch16-224": _mae(12, 768, 12, 16, 224),
     "vit-mae-large-patch16-224": _mae(24, 1024, 16, 16, 224),
     "vit-mae-huge-patch14-224": _mae(32, 1280, 16, 14, 224),
@@ -153,7 +166,9 @@ def find_entry(name: str) -> ZooEntry:
 def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
     """Raises a `ValueError` for a name that is no field of the config, with the nearest one that is."""
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-    known |= {"num_labels", "attn_implementation"}
+    known = {name for name in known if not name.startswith("_")} | {"num_labels", "attn_implementation"}
+    if issubclass(config_class, BackboneConfigMixin):
+        known |= {"out_features", "out_indices"}
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import typing
 from contextlib import contextmanager
@@ -183,7 +184,7 @@ def parse_arguments(cls, argv: list[str] | None = None):
 def parse_fields(text: str | None) -> dict:
     """{"hidden_size": 256, "norm": "rmsnorm"} from "hidden_size=256,norm=rmsnorm", values typed as in YAML."""
     fields = {}
-    for item in filter(None, (text or "").split(",")):
+    for item in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # at commas outside of a list
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"config: {item!r} is not of the form field=value")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import RunArguments, option, parse_arguments, user_errors
+from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors
 
 
 @dataclass
@@ -168,3 +168,9 @@ def test_user_errors_are_one_line_on_stderr_and_exit_code_2(body, line):
 def test_a_bug_is_no_user_error():
     with pytest.raises(KeyError), user_errors():
         raise KeyError("bug")
+
+
+def test_fields_of_a_config_are_typed_as_in_yaml_lists_too():
+    text = "hidden_size=96,stem_channels=[32,64],norm=rmsnorm,use_bias=false"
+    expected = {"hidden_size": 96, "stem_channels": [32, 64], "norm": "rmsnorm", "use_bias": False}
+    assert parse_fields(text) == expected

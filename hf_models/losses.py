@@ -1,0 +1,175 @@
+"""The losses that models share: cross-entropy without ever holding all logits, and those of classifiers.
+
+Each is a sum over what is scored, divided by a number that is known before the forward pass, so that a batch may be
+computed in parts.
+
+    B  batch          T  tokens          M  scored places
+    D  hidden size    C  classes         V  vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def scored_places(hidden_states, labels, positions=None, ignore_index: int = -100):
+    """The hidden states of the places that are scored, and their labels: a head on these alone has the same loss as
+    one on all places.
+
+    Args:
+        hidden_states: (B, T, D).
+        labels: (B, T), `ignore_index` where nothing is scored.
+        positions: (B, M), the scored places of each row, padded with -1; by default they are searched for. A compiler
+            needs fixed shapes: it takes the padding too, and without positions every place.
+
+    Returns:
+        (M', D) and (M',), as many as are scored; under a compiler B M, or B T.
+    """
+    labels = labels.to(hidden_states.device)
+    if torch.compiler.is_compiling():
+        if positions is not None:
+            hidden_states = states_at(hidden_states, positions)
+            labels = states_at(labels[..., None], positions)[..., 0].where(positions >= 0, ignore_index)
+        return hidden_states.flatten(0, 1), labels.flatten()
+    if positions is None:
+        rows, places = (labels != ignore_index).nonzero(as_tuple=True)
+    else:
+        positions = positions.to(hidden_states.device)
+        rows, columns = (positions >= 0).nonzero(as_tuple=True)
+        places = positions[rows, columns]
+    return hidden_states[rows, places], labels[rows, places]
+
+
+def states_at(hidden_states, positions):
+    """The states (B, M, D) at `positions` (B, M) of (B, T, D); for a position of -1, which pads, those at 0."""
+    return hidden_states.take_along_dim(positions.to(hidden_states.device).clamp(min=0)[..., None], dim=1)
+
+
+def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=None, ignore_index: int = -100):
+    """Mean of -log softmax(W x + b)[target] over the targets that count, without ever holding all logits.
+
+    At a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. Here a slice of
+    the tokens at a time gives its loss and, at once, its gradients; the logits of a slice are then forgotten.
+
+    Args:
+        hidden_states: (M, D).
+        weight, bias: (V, D) and None or (V,), of the head.
+        targets: (M,), token ids; `ignore_index` where nothing is predicted.
+        num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
+    """
+    if num_items is None:
+        num_items = (targets != ignore_index).sum()
+    num_items = as_divisor(num_items, hidden_states.device)
+    if not torch.is_grad_enabled():  # which the function below cannot see
+        hidden_states, weight = hidden_states.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, ignore_index, dtype)
+
+
+def as_divisor(num_items, device):
+    """What a sum of losses is divided by, as a tensor; 1 in place of 0, since then the sum is 0."""
+    num_items = torch.as_tensor(num_items, device=device, dtype=torch.float32)
+    return num_items.where(num_items != 0, 1)
+
+
+def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_index: int = -100):
+    """Mean of -log softmax(logits)[label] over the labels that count; 0 where none does.
+
+    Args:
+        logits: (..., C).
+        labels: (...), class ids; `ignore_index` where nothing is scored.
+        num_items: what the sum is divided by; by default the number of labels that count, or with `class_weights` (C,)
+            the sum of their weights.
+    """
+    logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
+    weights = None if class_weights is None else logits.new_tensor(class_weights)
+    total = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
+    if num_items is None:
+        counts = labels != ignore_index
+        num_items = counts.sum() if weights is None else (weights[labels * counts] * counts).sum()
+    return total / as_divisor(num_items, total.device)
+
+
+def classification_loss(logits, labels, config, num_items=None):
+    """The loss of a classifier of whole samples: squared error, cross-entropy, or a yes or no for each class.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) class ids, or (B, C) probabilities of the classes; (B,) or (B, C) numbers for regression; (B, C)
+            of 0 and 1 for multi-label classification. `config.problem_type` decides between them, and is set from the
+            labels where it is None.
+        num_items: what the sum is divided by; by default the number of labels (their weights, with
+            `config.class_weights`).
+    """
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        is_class_ids = not labels.is_floating_point()
+        several = "single_label_classification" if is_class_ids else "multi_label_classification"
+        config.problem_type = "regression" if logits.shape[-1] == 1 else several
+    if config.problem_type == "single_label_classification" and not labels.is_floating_point():
+        return cross_entropy(logits, labels, num_items, config.class_weights)
+    logits, labels = logits.float(), labels.reshape(logits.shape).float()
+    if config.problem_type == "single_label_classification":
+        weights = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+        total = F.cross_entropy(logits, labels, weight=weights, reduction="sum")
+        counts = labels if weights is None else labels * weights
+        return total / as_divisor(counts.sum() if num_items is None else num_items, total.device)
+    if config.problem_type == "regression":
+        losses = F.mse_loss(logits, labels, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if config.class_weights is not None:
+            losses = losses * losses.new_tensor(config.class_weights)
+    return losses.sum() / as_divisor(losses.numel() if num_items is None else num_items, losses.device)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of the loss in the logits is softmax(W x + b) - onehot(target); the products that carry it on are
+    done in the forward pass, while the slice is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, dtype):
+        num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # At most eight slices: each rereads the weight's gradient; at least 128 tokens, to keep the products efficient.
+        slice_size = max(1, num_tokens) if num_tokens * vocab_size <= 2**24 else max(128, -(-num_tokens // 8))
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            for start in range(0, num_tokens, slice_size):
+                part = slice(start, start + slice_size)
+                states, target = hidden_states[part].to(dtype), targets[part, None]
+                counts = target != ignore_index
+                target = target.where(counts, 0)
+                log_probabilities = F.log_softmax(F.linear(states, matrix, offset), dim=-1, dtype=torch.float32)
+                loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
+                if not any(ctx.needs_input_grad):
+                    continue
+                grad_logits = log_probabilities.exp_()  # softmax
+                grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                grad_logits = grad_logits.mul_(counts).to(dtype)
+                if needs_hidden:
+                    grad_hidden[part] = grad_logits @ matrix
+                if needs_weight and dtype == weight.dtype:
+                    grad_weight.addmm_(grad_logits.T, states)
+                elif needs_weight:
+                    grad_weight += grad_logits.T @ states
+                if needs_bias:
+                    grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, num_items)
+        return loss / num_items
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative: compute logits and their cross-entropy")
+        # Divided only here, where float16's loss scale is there too, or small gradients would be lost. In place, since
+        # the weight's gradient is large; a second backward pass is refused by autograd's own check.
+        *gradients, num_items = ctx.saved_tensors
+        gradients = [None if one is None else one.mul_(grad_loss / num_items) for one in gradients]
+        return *gradients, None, None, None, None

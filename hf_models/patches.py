@@ -1,0 +1,135 @@
+"""Images to tokens: patches, a convolutional stem, the tokens before them, and where each patch is.
+
+    B  batch    C  channels    P  patches    p  side of a patch
+    T  tokens (class token, registers, patches)
+
+`config` is a `ZooViTConfig` (see `vit.py`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
+
+
+class StemConvolution(nn.Conv2d):
+    """3 x 3, without a bias, since a norm follows."""
+
+    def __init__(self, num_inputs: int, num_channels: int, stride: int = 1):
+        super().__init__(num_inputs, num_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class StemStage(nn.Module):
+    """A convolution that halves the resolution and a residual block (He et al. 2016), normalised by groups, so that
+    the images of a batch do not depend on each other (Wu and He 2018), as in the paper's hybrids."""
+
+    def __init__(self, num_inputs: int, num_channels: int):
+        super().__init__()
+        groups = max(1, math.gcd(num_channels // 2, 32))  # of at least two channels
+        self.reduce = StemConvolution(num_inputs, num_channels, stride=2)
+        self.reduce_norm = nn.GroupNorm(groups, num_channels)
+        self.conv1 = StemConvolution(num_channels, num_channels)
+        self.norm1 = nn.GroupNorm(groups, num_channels)
+        self.conv2 = StemConvolution(num_channels, num_channels)
+        self.norm2 = nn.GroupNorm(groups, num_channels)
+
+    def forward(self, images):
+        """(B, C, H, W) -> (B, C', H / 2, W / 2)."""
+        images = F.relu(self.reduce_norm(self.reduce(images)))
+        branch = F.relu(self.norm1(self.conv1(images)))
+        return F.relu(images + self.norm2(self.conv2(branch)))
+
+
+class PatchEmbedding(nn.Module):
+    """Images to one vector per patch, through the convolutional stem if there is one."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.num_channels, *config.stem_channels]
+        self.stem = nn.Sequential(*(StemStage(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)))
+        remaining = config.patch_size // 2 ** len(config.stem_channels)
+        self.projection = nn.Conv2d(widths[-1], config.hidden_size, kernel_size=remaining, stride=remaining)
+
+    def forward(self, pixel_values):
+        """(B, C, H, W) -> (B, P, D)."""
+        patches = self.projection(self.stem(pixel_values.to(self.projection.weight.dtype)))  # (B, D, rows, columns)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class ClassAndRegisterTokens(nn.Module):
+    """What comes before the patches: the class token, if `pooling` wants one, and registers."""
+
+    def __init__(self, config):
+        super().__init__()
+        shapes = {"cls": (1, int(config.pooling != "mean")), "registers": (1, config.num_register_tokens)}
+        for name, shape in shapes.items():
+            token = nn.Parameter(torch.empty(*shape, config.hidden_size)) if shape[1] else None
+            self.register_parameter(name, token)
+
+    def forward(self, patches, class_position=0):
+        """(B, P, D) -> (B, T, D)."""
+        prefix = [] if self.cls is None else [self.cls + class_position]
+        prefix += [] if self.registers is None else [self.registers]
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+
+
+class PatchPositions(nn.Module):
+    """Where each patch of a grid is. An image of another size than `config.image_size` gets positions in between, as
+    if its grid were laid over the one the model was made for (section 3.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.grid_size, self.counted = config.position_embedding_type, config.grid_size, config.position_grid
+        self.dim, self.head_dim, self.theta = config.hidden_size, config.head_dim, config.rope_theta
+        self.has_class_token = config.pooling != "mean"
+        rows, columns = self.grid_size
+        learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
+        self.register_parameter("weight", learned if self.kind == "learned" else None)
+        self.halves = LearnedPositions2D(rows, columns, self.dim) if self.kind == "learned_2d" else None
+
+    def class_vector(self):
+        """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""
+        return self.weight[:, :1] if self.has_class_token and self.kind == "learned" else 0
+
+    def vectors(self, height: int, width: int, dtype: torch.dtype, device):
+        """What to add to the patches of a grid, (1, height x width, D); 0 for rotary positions."""
+        if self.kind == "rotary":
+            return 0
+        if self.kind == "sinusoidal":
+            rows, columns = self.coordinates(height, width, device)
+            return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
+        if self.kind == "learned_2d":
+            grid = self.halves(*self.grid_size).flatten(0, 1)[None]
+        else:
+            grid = self.weight[:, int(self.has_class_token) :]
+        return resize_positions(grid, self.grid_size, (height, width))
+
+    def rotations(self, height: int, width: int, num_prefix_tokens: int, dtype: torch.dtype, device):
+        """Cosines and sines (1, 1, T, H / 2) for attention, or None; tokens before the patches do not turn."""
+        if self.kind != "rotary":
+            return None
+        rows, columns = self.coordinates(height, width, device)
+        cosines, sines = rotary_angles_2d(rows, columns, self.head_dim, self.theta, dtype)
+        prefix = (0, 0, num_prefix_tokens, 0)
+        return F.pad(cosines, prefix, value=1.0), F.pad(sines, prefix)
+
+    def coordinates(self, height: int, width: int, device):
+        """Row and column (P,) of every patch, as places in `config.position_grid`."""
+        places = [
+            (torch.arange(number, device=device) + 0.5) * (counted / number) - 0.5
+            for number, counted in zip((height, width), self.counted, strict=True)
+        ]
+        return [axis.flatten() for axis in torch.meshgrid(*places, indexing="ij")]
+
+
+def resize_positions(grid, old: Sequence[int], new: Sequence[int]):
+    """Vectors (1, rows x columns, D) of an old grid, interpolated to a new one."""
+    if tuple(old) == tuple(new):
+        return grid
+    planes = grid.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+    planes = F.interpolate(planes, size=tuple(new), mode="bicubic", align_corners=False)
+    return planes.permute(0, 2, 3, 1).flatten(1, 2).to(grid.dtype)
