@@ -1,0 +1,199 @@
+"""From the bytes of an image file to pixels; as a script, a process that does this for another one.
+
+It needs Pillow and numpy only, so that such a process starts in a fraction of a second and stays small. It reads
+requests from standard input, JSON behind its length and then the images that are no files, and answers in the same
+way on standard output. It ends when its input ends, which the system sees to however the asking process died.
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import struct
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+Box = tuple[float, float, float, float]  # left, top, width, height, as fractions of the upright image
+
+LENGTH = struct.Struct("!Q")
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)
+KINDS = {"1": "1-bit", "P": "palette", "PA": "palette", "LA": "transparent", "RGBA": "transparent", "I": "16-bit"}
+
+
+def decode(
+    file: str | bytes, box: Box | None, size: tuple[int, int], num_channels: int
+) -> tuple[np.ndarray, list[str]]:
+    """The pixels (C, h, w), uint8, of an image, and what had to be converted.
+
+    Args:
+        file: its path or its content. Of an animation the first frame counts.
+        box: what to cut out. None: the largest part in the middle that has the shape of `size`.
+        size: height and width, to which the part is resized, bicubic.
+        num_channels: 1 for grey, 3 for RGB. Transparency is left out, 16 bits are cut to 8.
+
+    Raises:
+        Exception: of any kind, the image is corrupt; `is_bad_image` tells it from a failure of the system.
+    """
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+        conversions = []
+        if ";16" in image.mode or ";16" in str(image.tile):
+            conversions.append("16-bit")
+        elif image.mode != ("L" if num_channels == 1 else "RGB"):
+            conversions.append(KINDS.get(image.mode, {"L": "grey", "RGB": "colour"}.get(image.mode, image.mode)))
+        if image.format in ("JPEG", "MPO"):
+            _shrink(image, box, size)
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        image = _convert(image, num_channels)
+    if turn is not None:
+        conversions.append("EXIF-rotated")
+        image = image.transpose(turn)
+    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, _pixel_box(image.size, box, size))
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), conversions
+
+
+def aspect(file: str | bytes) -> float:
+    """Width / height of the upright image, from its head; 1 of a bad one."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            aspect = image.width / image.height
+            return 1 / aspect if _orientation(image) in SIDEWAYS else aspect
+    except Exception as error:
+        if not is_bad_image(error):
+            raise
+        return 1.0
+
+
+def is_bad_image(error: Exception) -> bool:
+    """Whether the image is to blame, and not the memory or a disk that answers again tomorrow."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+    return not isinstance(error, MemoryError)
+
+
+def decode_all(
+    files: Sequence[str | bytes], boxes: Sequence[Box] | None, num_channels: int, pixels: np.ndarray
+) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Decodes into `pixels` (B, C, h, w). Returns why an image is bad and what was converted, by place in the batch."""
+    failures, conversions = {}, {}
+    for place, file in enumerate(files):
+        try:
+            if not file:
+                raise ValueError("no content")
+            box = None if boxes is None else boxes[place]
+            pixels[place], converted = decode(file, box, pixels.shape[2:], num_channels)
+            if converted:
+                conversions[place] = converted
+        except Exception as error:  # Pillow's readers raise nearly everything
+            if not is_bad_image(error):
+                raise
+            failures[place] = _reason(error)
+    return failures, conversions
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"  # Pillow's text is an address in memory
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    """The number in the EXIF data; a TIFF is turned by Pillow itself."""
+    try:
+        # Not image.getexif(), which of a PNG decodes everything first.
+        return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF in a sound image
+        return 1
+
+
+def _pixel_box(image_size: tuple[int, int], box: Box | None, size: tuple[int, int]) -> Box:
+    """Left, top, right and bottom in pixels of an image of this width and height."""
+    width, height = image_size
+    if box is None:
+        scale = max(size[0] / height, size[1] / width)
+        across, down = min(width, size[1] / scale), min(height, size[0] / scale)
+        left, top = (width - across) / 2, (height - down) / 2
+    else:
+        left, top, across, down = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    return max(left, 0), max(top, 0), min(left + across, width), min(top + down, height)
+
+
+def _shrink(image: Image.Image, box: Box | None, size: tuple[int, int]) -> None:
+    """Lets a JPEG be decoded at a fraction of its size where that still leaves twice what is needed."""
+    width, height = image.size[::-1] if _orientation(image) in SIDEWAYS else image.size
+    left, top, right, bottom = _pixel_box((width, height), box, size)
+    spare = min((right - left) / size[1], (bottom - top) / size[0]) / 2
+    if spare >= 2:
+        image.draft(image.mode, (math.ceil(image.width / spare), math.ceil(image.height / spare)))
+
+
+def _convert(image: Image.Image, num_channels: int) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels, which have no fixed range")
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
+# ------------------------------------------------------------------------------------------------ as a process
+
+
+def write_message(file: BinaryIO, message: dict, *contents: bytes | memoryview) -> None:
+    text = json.dumps(message).encode()
+    file.write(LENGTH.pack(len(text)) + text)
+    for content in contents:
+        file.write(content)
+    file.flush()
+
+
+def read_message(file: BinaryIO) -> dict:
+    """Raises EOFError at the end of the file."""
+    head = file.read(LENGTH.size)
+    size = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else 0
+    if not size or len(text := file.read(size)) < size:
+        raise EOFError
+    return json.loads(text)
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers requests until there are no more of them."""
+    while True:
+        try:
+            request = read_message(requests)
+            files = [file if isinstance(file, str) else requests.read(file) for file in request["files"]]
+            pixels = np.zeros((len(files), request["num_channels"], *request["size"]), np.uint8)
+            try:
+                failures, conversions = decode_all(files, request["boxes"], request["num_channels"], pixels)
+            except OSError as error:
+                write_message(answers, {"error": [error.errno, error.strerror, error.filename]})
+            else:
+                write_message(answers, {"failures": failures, "conversions": conversions}, pixels.data)
+        except (EOFError, BrokenPipeError):
+            return
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, while the trainer still saves
+        signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    serve(sys.stdin.buffer, sys.stdout.buffer)
+    os._exit(0)  # without another try to send what nobody reads any more

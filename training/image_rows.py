@@ -1,0 +1,382 @@
+"""Batches of images: from memory, or decoded from files in processes of their own.
+
+    rows = EncodedRows(files, labels, num_channels=3, decoder=Decoder(num_workers=2))
+    indices = rows.draw(first=0, count=128, seed=0)  # the first batch of the training
+    pixels, labels = rows.images(indices, boxes, (224, 224)), rows.labels[indices]
+
+Dimensions: B images of a batch, C channels (1 or 3), H and W of an image as it is, h and w as it is asked for.
+"""
+
+import contextlib
+import functools
+import subprocess
+import sys
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from training import decoding
+
+MAX_PREFETCHED = 64  # batches; older ones that nobody came for are dropped
+
+
+class BadImages(OSError, ValueError):
+    """Too many images that cannot be read. An OSError too: it may come up at any step of a training."""
+
+
+class ImageRows(ABC):
+    """Images in a fixed order, `labels` (N,) int64 beside them (None without).
+
+    Which pixels come depends on the arguments only, neither on other images of the batch nor on processes or threads.
+    """
+
+    def __init__(self, labels: np.ndarray | None):
+        self._labels = labels
+        self._background: ThreadPoolExecutor | None = None
+        self._prefetched: dict[tuple, Future] = {}
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _load(self, indices: np.ndarray, boxes: np.ndarray | None, size: tuple[int, int]) -> Tensor: ...
+
+    @abstractmethod
+    def aspects(self, indices) -> np.ndarray:
+        """Width / height of these images as they stand upright, (B,)."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def images(self, indices, boxes=None, size: tuple[int, int] = (224, 224)) -> Tensor:
+        """The images with these numbers, (B, C, h, w) uint8 on the CPU.
+
+        Args:
+            boxes: (B, 4), what to cut out of each: left, top, width and height as fractions of the upright image, from
+                0 to 1. None: the largest part in the middle that has the shape of `size`, as for evaluation.
+            size: height and width, to which the part is resized, bicubic.
+        """
+        request = _request(indices, boxes, size)
+        prefetched = self._prefetched.pop(_key(*request), None)
+        return self._load(*request) if prefetched is None else prefetched.result()
+
+    def prefetch(self, indices, boxes=None, size: tuple[int, int] = (224, 224)) -> None:
+        """Begins in the background what `images` will be asked for with the same arguments."""
+        request = _request(indices, boxes, size)
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1)
+        while len(self._prefetched) >= MAX_PREFETCHED:
+            self._prefetched.pop(next(iter(self._prefetched))).cancel()
+        if _key(*request) not in self._prefetched:
+            self._prefetched[_key(*request)] = self._background.submit(self._load, *request)
+
+    def draw(self, first: int, count: int, seed: int) -> np.ndarray:
+        """The numbers of the images that are samples `first` to `first + count` of a training, counted over all
+        epochs (step * global batch + position). Every epoch has an order of its own, a function of seed and epoch."""
+        epochs, places = np.divmod(np.arange(first, first + count), len(self))
+        drawn = [permutation(len(self), seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(drawn)
+
+    def report(self) -> list[str]:
+        """What was converted or skipped so far, counted and named."""
+        return []
+
+    def external_files(self) -> dict[str, dict]:
+        """Files outside the checkpoint that resuming needs, as the training loop asks for them: those of a stream."""
+        return {}
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(count: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
+
+
+def _request(indices, boxes, size) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+    indices = np.asarray(indices, np.int64)
+    if boxes is not None:
+        boxes = np.asarray(boxes, np.float64)
+        left_top, extent = boxes[:, :2], boxes[:, 2:]
+        if boxes.shape != (len(indices), 4) or not (
+            (left_top > -1e-4).all() and (extent > 0).all() and (left_top + extent < 1 + 1e-4).all()
+        ):
+            raise ValueError("boxes must be (B, 4): left, top, width and height, within the image from 0 to 1")
+    return indices, boxes, (int(size[0]), int(size[1]))
+
+
+def _key(indices: np.ndarray, boxes: np.ndarray | None, size: tuple[int, int]) -> tuple:
+    return indices.tobytes(), None if boxes is None else boxes.tobytes(), size
+
+
+# --------------------------------------------------------------------------------------------------- from memory
+
+
+class ArrayRows(ImageRows):
+    """Images of one size, all in memory: (N, C, H, W) uint8 with 1, 3 or 4 channels, of which the fourth is left out.
+
+    They are cut and resized as the products with two matrices, one a side, which is as exact as Pillow and for small
+    images much quicker.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, *, num_channels: int):
+        super().__init__(labels)
+        self.pixels, self.num_channels = torch.from_numpy(pixels), num_channels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def aspects(self, indices):
+        return np.full(len(indices), self.pixels.shape[3] / self.pixels.shape[2])
+
+    def _load(self, indices, boxes, size):
+        pixels = self.pixels[torch.from_numpy(indices)]
+        if self.num_channels == 1 and pixels.shape[1] > 1:
+            luma = (pixels[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+            pixels = luma.round().to(torch.uint8)
+        pixels = resize(pixels[:, :3], boxes, size)
+        return pixels.expand(-1, self.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
+
+
+def resize(pixels: Tensor, boxes: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+    """Cuts out and resizes, bicubic with antialiasing: (B, C, H, W) uint8 to (B, C, h, w). See `ImageRows.images`."""
+    height, width = pixels.shape[2:]
+    if boxes is None:
+        if (height, width) == size:
+            return pixels
+        scale = max(size[0] / height, size[1] / width)
+        across, down = size[1] / scale / width, size[0] / scale / height
+        boxes = np.array([[(1 - across) / 2, (1 - down) / 2, across, down]])
+    left, top, across, down = torch.from_numpy(boxes).float().T
+    rows = _resize_matrix(top * height, down * height, height, size[0])[:, None]  # (B, 1, h, H)
+    columns = _resize_matrix(left * width, across * width, width, size[1])[:, None]  # (B, 1, w, W)
+    return (rows @ pixels.float() @ columns.mT).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _resize_matrix(start: Tensor, extent: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
+    """The weights (B, outputs, inputs) of Pillow's bicubic filter (a = -0.5), widened where it makes smaller."""
+    scale = (extent / num_outputs)[:, None, None]
+    centres = start[:, None, None] + (torch.arange(num_outputs)[:, None] + 0.5) * scale
+    x = ((torch.arange(num_inputs) + 0.5 - centres) / scale.clamp(min=1)).abs_()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, far * (x < 2))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------- from files
+
+
+class EncodedImages(Protocol):
+    """Image files, or what is in them."""
+
+    def __len__(self) -> int: ...
+
+    def encoded(self, indices: np.ndarray) -> list[str | bytes]:
+        """The paths, or the contents, of these images."""
+
+    def name(self, index: int) -> str:
+        """What to call an image when there is something wrong with it."""
+
+
+class BadImageLimit:
+    """The part of all images, for training and for validation, that may be bad."""
+
+    def __init__(self, part: float = 0.01):
+        self.part, self.found = part, []
+        self.lock = threading.Lock()  # bad images are found in the background as well
+
+    def watch(self, source: EncodedImages) -> dict[int, str]:
+        """A place to note the bad images of this source: why, by number."""
+        self.found.append((source, {}))
+        return self.found[-1][1]
+
+    def check(self) -> None:
+        """Raises BadImages, naming them, if there are more."""
+        total, count = sum(len(source) for source, _ in self.found), sum(len(bad) for _, bad in self.found)
+        if count > self.part * total:
+            named = [name for source, bad in self.found for name in _reasons(source, bad)]
+            raise BadImages(
+                f"{count} of {total} images are bad, more than the part of {self.part} that max_bad_images allows: "
+                f"{_listing(named, 10)}; mend or remove them"
+            )
+
+
+class EncodedRows(ImageRows):
+    """Images that have to be decoded. A bad one is replaced by the next sound one with the same label, until there are
+    more of them than the limit allows: then `images` raises BadImages."""
+
+    def __init__(
+        self,
+        source: EncodedImages,
+        labels: np.ndarray | None,
+        *,
+        num_channels: int,
+        decoder: "Decoder",
+        limit: BadImageLimit,
+    ):
+        super().__init__(labels)
+        self.source, self.num_channels, self.decoder, self.limit = source, num_channels, decoder, limit
+        self.bad = limit.watch(source)
+        self.converted: dict[str, set[int]] = {}  # numbers, by kind
+        self._aspects = np.zeros(0, np.float32)  # 0: not known yet
+
+    def __len__(self):
+        return len(self.source)
+
+    def aspects(self, indices):
+        indices = np.asarray(indices, np.int64)
+        self._aspects.resize(max(len(self), len(self._aspects)), refcheck=False)  # a stream grows
+        unknown = np.unique(indices[self._aspects[indices] == 0])
+        self._aspects[unknown] = [decoding.aspect(file) for file in self.source.encoded(unknown)]
+        return self._aspects[indices]
+
+    def report(self):
+        lines = []
+        for kind, found in sorted(self.converted.items()):
+            named = [self.source.name(index) for index in sorted(found)[:4]]
+            lines.append(f"{len(found)} {kind} images converted ({_listing(named, 3)})")
+        if self.bad:
+            lines.append(
+                f"{len(self.bad)} bad images replaced by others ({_listing(_reasons(self.source, self.bad), 3)})"
+            )
+        return lines
+
+    def _load(self, indices, boxes, size):
+        chosen = np.array([self._sound(int(index)) for index in indices], np.int64)
+        pixels = torch.empty(len(indices), self.num_channels, *size, dtype=torch.uint8)
+        places = np.arange(len(indices))
+        while len(places):
+            files = self.source.encoded(chosen[places])
+            part = None if boxes is None else boxes[places]
+            decoded, failures, conversions = self.decoder.decode(files, part, size, self.num_channels)
+            if len(places) == len(indices):
+                pixels = decoded
+            else:
+                pixels[places] = decoded
+            for place, kinds in conversions.items():
+                for kind in kinds:
+                    self.converted.setdefault(kind, set()).add(int(chosen[places[place]]))
+            for place, reason in failures.items():
+                self._note_bad(int(chosen[places[place]]), reason)
+            places = places[sorted(failures)]
+            chosen[places] = [self._sound(int(index)) for index in indices[places]]
+        return pixels
+
+    def _note_bad(self, index: int, reason: str) -> None:
+        with self.limit.lock:
+            if index in self.bad:
+                return
+            self.bad[index] = reason
+            self.limit.check()
+        tqdm.write(f"bad image, replaced by another: {self.source.name(index)}: {reason}", file=sys.stderr)
+
+    def _sound(self, index: int) -> int:
+        """This image, or if it is bad the next one with the same label, counted round, that is not known to be."""
+        if index not in self.bad:
+            return index
+        alike = self._alike(index)
+        behind = np.roll(alike, -int(np.searchsorted(alike, index)))
+        for candidate in behind.tolist():
+            if candidate not in self.bad:
+                return candidate
+        named = _listing(_reasons(self.source, self.bad), 10)
+        raise BadImages(f"every image like {self.source.name(index)} is bad: {named}; mend them")
+
+    def _alike(self, index: int) -> np.ndarray:
+        """The numbers of the images that may stand for this one, in order."""
+        return np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
+
+
+def _reasons(source: EncodedImages, bad: dict[int, str]) -> list[str]:
+    return [f"{source.name(index)}: {bad[index]}" for index in sorted(bad)]
+
+
+def _listing(names: list[str], count: int) -> str:
+    return ", ".join(names[:count] + ["..."] * (len(names) > count))
+
+
+class Decoder:
+    """Decodes images in `num_workers` processes, or with 0 in this one. The processes start with the first batch and
+    end with this one, whatever ends it."""
+
+    def __init__(self, num_workers: int = 0):
+        self.num_workers = num_workers
+        self._own = threading.local()  # the process of each thread
+        self._threads: ThreadPoolExecutor | None = None
+
+    def decode(
+        self, files: Sequence[str | bytes], boxes: np.ndarray | None, size: tuple[int, int], num_channels: int
+    ) -> tuple[Tensor, dict[int, str], dict[int, list[str]]]:
+        """Pixels (B, C, h, w), why an image is bad, and what was converted, both by place in the batch."""
+        pixels = torch.empty(len(files), num_channels, *size, dtype=torch.uint8)
+        boxes = None if boxes is None else boxes.tolist()
+        if not self.num_workers:
+            return pixels, *decoding.decode_all(files, boxes, num_channels, pixels.numpy())
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.num_workers)
+        length = max(1, min(32, -(-len(files) // (2 * self.num_workers))))
+        parts = [slice(first, first + length) for first in range(0, len(files), length)]
+        tasks = [
+            self._threads.submit(self._ask, files[part], boxes and boxes[part], pixels[part].numpy()) for part in parts
+        ]
+        failures, conversions = {}, {}
+        for part, task in zip(parts, tasks, strict=True):
+            for found, answered in zip((failures, conversions), task.result(), strict=True):
+                found.update({part.start + int(place): what for place, what in answered.items()})
+        return pixels, failures, conversions
+
+    def _ask(self, files, boxes, pixels: np.ndarray) -> tuple[dict, dict]:
+        for is_last in (False, True):  # one may have died for want of memory, or by somebody's hand
+            if not hasattr(self._own, "process"):
+                self._own.process = _DecodingProcess()
+            try:
+                return self._own.process.decode(files, boxes, pixels)
+            except (EOFError, BrokenPipeError):
+                code = self._own.process.end()
+                del self._own.process
+                if is_last:
+                    named = ", ".join(file for file in files if isinstance(file, str))[:500]
+                    raise ChildProcessError(
+                        f"the process that decodes images died twice (code {code}) over the same ones: {named}"
+                    ) from None
+
+
+class _DecodingProcess:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", decoding.__file__],  # -P: the names of our modules hide nothing
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.end = weakref.finalize(self, _end, self.process)
+
+    def decode(self, files, boxes, pixels: np.ndarray) -> tuple[dict, dict]:
+        contents = [file for file in files if isinstance(file, bytes)]
+        request = {
+            "files": [file if isinstance(file, str) else len(file) for file in files],
+            "boxes": boxes,
+            "num_channels": pixels.shape[1],
+            "size": pixels.shape[2:],
+        }
+        decoding.write_message(self.process.stdin, request, *contents)
+        answer = decoding.read_message(self.process.stdout)
+        if "error" in answer:
+            raise OSError(*answer["error"])
+        if self.process.stdout.readinto(memoryview(pixels).cast("B")) < pixels.nbytes:
+            raise EOFError
+        return answer["failures"], answer["conversions"]
+
+
+def _end(process: subprocess.Popen) -> int:
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+    return process.wait()

@@ -1,0 +1,225 @@
+"""Images from a stream that is larger than the memory, or not yet here."""
+
+import functools
+import hashlib
+import json
+import time
+from bisect import bisect_left, bisect_right
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import constants
+
+from training.documents import fingerprint_of
+from training.files import write_atomic
+from training.image_files import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
+from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
+from training.text import is_local_main_process
+
+NUM_HELD_OUT = 1000
+
+
+def stream_images(
+    splits,
+    source: str,
+    image_column: str,
+    label_column: str | None,
+    label_names: list[str] | None,
+    *,
+    num_channels: int,
+    decoder: Decoder,
+    limit: BadImageLimit,
+    rows_per_shard: int = 2048,
+) -> tuple["StreamedRows", EncodedRows, list[str], str | None, str]:
+    """Training and validation images, names of the classes, licence, fingerprint of a `datasets.IterableDatasetDict`.
+
+    Validation is the first NUM_HELD_OUT images of the split "validation" or "test", or else of "train", which then
+    goes on behind them. The fingerprint covers the name and these images, since nobody has seen the others yet.
+    """
+    import datasets
+
+    train, validation = splits["train"], splits.get("validation", splits.get("test"))
+    if train.features is None:
+        train = train._resolve_features()
+    held_out = (train if validation is None else validation).take(NUM_HELD_OUT)
+    held_out, _ = undecoded(held_out, source, image_column, label_column)
+    train, names = undecoded(train, source, image_column, label_column)
+    if label_column is not None and names is None and label_names is None:
+        raise ValueError(f"{source}: a stream does not say which classes will come: name them with label_names")
+    if validation is None:
+        train = train.skip(NUM_HELD_OUT)
+    if not (rows := list(held_out)):
+        raise ValueError(f"{source}: the stream has no images")
+    held_out = read_dataset(
+        datasets.Dataset.from_list(rows, held_out.features), f"{source}, held out", image_column, label_column, None
+    )
+    class_names = (label_names or names or []) if label_column is not None else []
+    ids = label_ids(class_names, names is None and held_out.labels)
+
+    def label_of(row: dict, where: str) -> int:
+        label = row[label_column] if names is None else name_of(row[label_column], names, where)
+        if str(label) not in ids:
+            raise ValueError(f"{where} has {unknown_label(label, ids)}")
+        return ids[str(label)]
+
+    labels = None
+    if label_column is not None:
+        labels = [label_of(row, f"{source}, held out, row {number}") for number, row in enumerate(rows, 1)]
+    digests = [digest.hex() for digest in held_out.images.digests()]
+    fingerprint = fingerprint_of("stream", source, class_names, digests, labels)
+    shards = Shards(
+        train, source, fingerprint, image_column, None if labels is None else label_of, rows_per_shard=rows_per_shard
+    )
+    options = {"num_channels": num_channels, "decoder": decoder, "limit": limit}
+    held_out = EncodedRows(held_out.images, None if labels is None else np.array(labels), **options)
+    return StreamedRows(shards, None, **options), held_out, class_names, train.info.license or None, fingerprint
+
+
+class Shards:
+    """The images of a stream, undecoded, in files that are written as they arrive.
+
+    A shard holds `rows_per_shard` images, one behind the other, and never changes once it is there; the JSON file
+    beside it says where each of them ends, and their labels. Only the local main process writes, and keeps one shard
+    ahead; the others wait for the file. `rows_per_shard` must be no smaller than the global batch, so that no process
+    waits for a shard that nobody is about to write.
+    """
+
+    def __init__(
+        self, dataset, source: str, fingerprint: str, image_column: str, label_of, *, rows_per_shard: int, timeout=600.0
+    ):
+        self.dataset, self.source, self.image_column, self.label_of = dataset, source, image_column, label_of
+        self.rows_per_shard, self.timeout, self.is_writer = rows_per_shard, timeout, is_local_main_process()
+        key = fingerprint_of(fingerprint, image_column, rows_per_shard, 1)
+        self.folder = Path(constants.HF_HOME) / "hf_models" / "images" / f"stream-{key[:32]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.found: list[dict] = []  # what the JSON file of each shard says
+        self.ends: list[int] = []  # images up to the end of each shard
+        self.labels = np.zeros(0, np.int64)  # of all images so far
+        self._rows = None  # the open stream, behind the last shard
+        self._open = functools.lru_cache(maxsize=4)(self._map)
+        while self._find():
+            pass
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def has_ended(self) -> bool:
+        return bool(self.found) and self.found[-1]["is_last"]
+
+    def shard_of(self, index: int) -> tuple[int, int]:
+        """A shard, and the number of its first image."""
+        shard = bisect_right(self.ends, index)
+        return shard, self.ends[shard - 1] if shard else 0
+
+    def encoded(self, indices):
+        images = []
+        for index in indices:
+            shard, first = self.shard_of(int(index))
+            ends = self.found[shard]["ends"]
+            place = int(index) - first
+            images.append(self._open(shard)[ends[place - 1] if place else 0 : ends[place]].tobytes())
+        return images
+
+    def name(self, index):
+        return f"{self.source}, row {index + 1} of the stream"
+
+    def external_files(self) -> dict[str, dict]:
+        return {str(self._path(k)): {name: s[name] for name in ("size", "sha256")} for k, s in enumerate(self.found)}
+
+    def provide(self, count: int) -> None:
+        """Have the shards of the first `count` images; the writer, one more."""
+        deadline = time.monotonic() + self.timeout
+        while not self.has_ended and len(self.ends) <= bisect_left(self.ends, count) + self.is_writer:
+            if self._find():
+                deadline = time.monotonic() + self.timeout
+            elif self.is_writer:
+                self._write()
+            elif time.monotonic() > deadline:
+                path = self._path(len(self.found))
+                raise TimeoutError(f"{path} did not appear in {self.timeout:.0f} s: has the main process stopped?")
+            else:
+                time.sleep(0.1)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.bin"
+
+    def _map(self, shard: int) -> np.ndarray:
+        if not self.found[shard]["size"]:
+            return np.zeros(0, np.uint8)
+        return np.asarray(np.memmap(self._path(shard), np.uint8, mode="r"))
+
+    def _find(self) -> bool:
+        """Take note of the next shard if it is there and whole."""
+        if self.has_ended:
+            return False
+        path = self._path(len(self.found))
+        try:
+            entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            if path.stat().st_size != entry["size"]:
+                return False
+        except (OSError, ValueError):
+            return False
+        self._add(entry)
+        self._rows = None  # another process, or an earlier one, wrote it: an open stream is now too far back
+        return True
+
+    def _add(self, entry: dict) -> None:
+        self.found.append(entry)
+        self.ends.append(len(self) + len(entry["ends"]))
+        self.labels = np.concatenate([self.labels, np.array(entry["labels"], np.int64)])
+
+    def _write(self) -> None:
+        if self._rows is None:
+            self._rows = iter(self.dataset.skip(len(self)))
+            self._next = next(self._rows, None)
+        contents, labels, ends, size = [], [], [], 0
+        while self._next is not None and len(contents) < self.rows_per_shard:
+            content = content_of(self._next[self.image_column])
+            if isinstance(content, str):
+                content = Path(content).read_bytes()
+            size += len(content)
+            where = self.name(len(self) + len(contents))
+            labels.append(-1 if self.label_of is None else self.label_of(self._next, where))
+            contents.append(content)
+            ends.append(size)
+            self._next = next(self._rows, None)
+        if not contents:
+            raise ValueError(f"{self.source}: the stream has no image to train on behind those that validate")
+        content = b"".join(contents)
+        digest = hashlib.sha256(content).hexdigest()
+        entry = {"ends": ends, "labels": labels, "size": size, "sha256": digest, "is_last": self._next is None}
+        path = self._path(len(self.found))
+        write_atomic(path, content)
+        write_atomic(path.with_suffix(".json"), json.dumps(entry))  # last: it says that the shard is whole
+        self._add(entry)
+
+
+class StreamedRows(EncodedRows):
+    """Images of a stream, of which as many are there as were needed so far. Shards are used in order of arrival, and
+    the images of one in an order of each epoch. When the stream has ended, epochs begin anew."""
+
+    source: Shards
+
+    @property
+    def labels(self):
+        return None if self.source.label_of is None else self.source.labels
+
+    def draw(self, first, count, seed):
+        self.source.provide(first + count)
+        drawn = []
+        for sample in range(first, first + count):
+            epoch, index = divmod(sample, len(self)) if self.source.has_ended else (0, sample)
+            shard, begin = self.source.shard_of(index)
+            size = self.source.ends[shard] - begin
+            drawn.append(begin + permutation(size, seed, epoch, shard)[index - begin])
+        return np.array(drawn, np.int64)
+
+    def external_files(self):
+        return self.source.external_files()
+
+    def _alike(self, index):
+        """Those of the same shard, whatever others are there by now."""
+        shard, begin = self.source.shard_of(index)
+        numbers = np.arange(begin, self.source.ends[shard])
+        return numbers if self.labels is None else numbers[self.labels[numbers] == self.labels[index]]

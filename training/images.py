@@ -1,0 +1,279 @@
+"""Images to train on: handwritten digits, local files of every kind, a Hub data set, a stream.
+
+    images = read_images("photos/", num_workers=2)  # photos/cat/1.jpg, photos/dog/2.png, ...
+    images.train.images([0, 1, 2], size=(224, 224)), images.train.labels[:3], images.label_names
+
+`image_files.py` finds the images, `image_rows.py` makes batches of them, `image_stream.py` those of a stream.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from training.documents import fingerprint_of, load_hub
+from training.image_files import (
+    ArrayImages,
+    ImageSet,
+    Splits,
+    embedded_digits,
+    is_idx,
+    label_ids,
+    needed,
+    read_dataset,
+    read_folder,
+    read_idx,
+    read_table,
+    unknown_label,
+)
+from training.image_rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
+from training.image_stream import stream_images
+from training.tables import read_tables
+
+SMALL = 128  # pixels of a side
+NUM_LOOKED_AT = 256  # images, to find out their channels and size
+
+
+@dataclass
+class ImageData:
+    """What `--data` names. `notes` is for a person to read; `fingerprint` covers images, labels and split."""
+
+    train: ImageRows
+    validation: ImageRows
+    label_names: list[str]  # in the order of their ids; none without labels
+    num_channels: int  # 1 grey, 3 colour
+    image_size: tuple[int, int] | None  # height and width, where they are small and one for all
+    fingerprint: str
+    source: str
+    license: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_images(
+    data: str,
+    *,
+    validation_data: str | None = None,
+    validation_fraction: float = 0.1,
+    image_column: str = "image",
+    label_column: str = "label",
+    label_names: list[str] | None = None,
+    labelled: bool = True,
+    num_channels: int | None = None,
+    streaming: bool = False,
+    max_bad_images: float = 0.01,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> ImageData:
+    """The images that `data` names.
+
+    data: "embedded" (scikit-learn's digits); a folder with a folder for each class, at the top or under train/ and
+        val/ or test/; a folder with idx files (the MNIST format), or one of them; a .csv, .json, .jsonl or .parquet
+        file with a column of paths, relative to it, or (parquet) of contents; a folder that `datasets` has saved; or
+        a Hub data set, "name" or "name:config".
+    validation_data: other data of these kinds to validate on.
+    validation_fraction: held out of each class where the data has no part for validation: the images with the
+        smallest sha256, so that neither order nor duplicates matter. `seed` chooses others.
+    label_names: the classes in the order of their ids, by default sorted or as the data set has them. Labels that
+        are numbers may be called by other names.
+    num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
+    streaming: read a Hub data set or parquet files as they arrive, see `stream_images`.
+    max_bad_images: the part of the images that may be unreadable; those are replaced, see `EncodedRows`.
+    num_workers: processes that decode, 0: none.
+    Raises ValueError for what is missing, broken or ambiguous, naming it.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
+    if not 0 <= max_bad_images <= 1:
+        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    if num_channels not in (None, 1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
+    if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
+        raise ValueError(f"label_names must be several different names, not {','.join(label_names)!r}")
+    columns = image_column, label_column if labelled else None
+    path = Path(data).expanduser()
+    source = path.resolve().name if path.exists() else data
+    options = {"decoder": Decoder(num_workers), "limit": BadImageLimit(max_bad_images)}
+    if streaming:
+        if validation_data is not None:
+            raise ValueError("validation_data does not go with streaming, which validates on what the data set has")
+        train, validation, names, license, fingerprint = stream_images(
+            _open_stream(data), data, *columns, label_names, num_channels=num_channels or 3, **options
+        )
+        return ImageData(train, validation, names, num_channels or 3, None, fingerprint, source, license)
+
+    splits = _read(data, *columns)
+    notes = []
+    if validation_data is not None:
+        splits = {"train": splits["train"], "val": _read(validation_data, *columns)["train"]}
+    train, validation = splits["train"], splits.get("val") or splits.get("test")
+    if validation is not None and "val" not in splits:
+        notes.append("validating on the test part, since there is no other")
+    digests = train.images.digests()
+    if validation is None:
+        held_out = _hold_out(digests, train.labels, validation_fraction, seed)
+        train, validation = train.select(np.flatnonzero(~held_out)), train.select(np.flatnonzero(held_out))
+        digests, held_out_digests = (_where(digests, part) for part in (~held_out, held_out))
+    else:
+        held_out_digests = validation.images.digests()
+    notes += _overlap(digests, held_out_digests, validation)
+    names, labels = [], [None, None]
+    if labelled:
+        names = _name_classes(train, label_names, data)
+        ids = label_ids(names, train.class_names is None and train.labels)
+        labels = [_number_labels(part, ids, data) for part in (train, validation)]
+    channels, image_size = _look(train, num_channels, data)
+
+    def rows(part: ImageSet, labels: np.ndarray | None) -> ImageRows:
+        if isinstance(part.images, ArrayImages):
+            return ArrayRows(part.images.pixels, labels, num_channels=channels)
+        return EncodedRows(part.images, labels, num_channels=channels, **options)
+
+    hashed = [hashlib.sha256(b"".join(part)).hexdigest() for part in (digests, held_out_digests)]
+    numbers = [None if part is None else part.tolist() for part in labels]
+    fingerprint = fingerprint_of("images", names, hashed, numbers)
+    if data == "embedded":
+        source = "scikit-learn's 1,797 handwritten digits"
+    parts = map(rows, (train, validation), labels)
+    return ImageData(*parts, names, channels, image_size, fingerprint, source, train.license, notes)
+
+
+# ------------------------------------------------------------------------------------------------ kinds of data
+
+
+def _read(data: str, image_column: str, label_column: str | None) -> Splits:
+    """The splits of what `data` names, "train" among them."""
+    path, labelled = Path(data).expanduser(), label_column is not None
+    if data == "embedded":
+        return embedded_digits()
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        import datasets
+
+        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column)
+    if path.is_dir():
+        if idx := [file for file in path.iterdir() if is_idx(file)]:
+            return read_idx(idx, labelled)
+        if any(path.rglob("*.parquet")):
+            return _from_datasets(_load(str(path)), path, image_column, label_column)
+        return read_folder(path, labelled)
+    if is_idx(path):
+        return read_idx([path], labelled)
+    if path.suffix == ".parquet" and path.exists():
+        return _from_datasets(_load("parquet", data_files=str(path)), path, image_column, label_column)
+    if path.suffix in (".csv", ".tsv", ".json", ".jsonl") and path.exists():
+        return {"train": read_table(read_tables(str(path))[0], path.parent, image_column, label_column)}
+    if path.exists():
+        raise ValueError(f"{path}: expected a folder, or an idx, .csv, .json, .jsonl or .parquet file")
+    return _from_datasets(load_hub(data), None, image_column, label_column, data)
+
+
+def _load(*names, **options):
+    """`datasets.load_dataset` of local files. Raises ValueError if they cannot be read."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(*names, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        found = options.get("data_files", names[0])
+        raise ValueError(
+            f"{found} cannot be read ({error.__cause__ or error}): it is damaged or no data set"
+        ) from error
+
+
+def _from_datasets(found, path: Path | None, image_column: str, label_column: str | None, source: str = "") -> Splits:
+    """The splits of a `datasets.DatasetDict`, or of a `datasets.Dataset`, which is to train on."""
+    source = source or str(path)
+    if not isinstance(found, dict):
+        found = {"train": found}
+    if "train" not in found:
+        raise ValueError(f"{source} has no split 'train', only {sorted(found)}")
+    root = path and (path if path.is_dir() else path.parent)
+    splits = {
+        name: read_dataset(found[name], f"{source}, split {name}", image_column, label_column, root)
+        for name in needed(found, "validation")
+    }
+    return {name.replace("validation", "val"): split for name, split in splits.items()}
+
+
+def _open_stream(data: str):
+    path = Path(data).expanduser()
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        return _load(str(path), streaming=True)
+    if path.is_file() and path.suffix == ".parquet":
+        return _load("parquet", data_files=str(path), streaming=True)
+    if data == "embedded" or path.exists():
+        raise ValueError(f"streaming needs a Hub data set or parquet files, which {data!r} is not: leave streaming off")
+    return load_hub(data, streaming=True)
+
+
+# ----------------------------------------------------------------------------------------------- split and labels
+
+
+def _hold_out(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
+    """Whether each image is for validation: a part of each class, and at least one of it if it has several."""
+    held_out = np.zeros(len(digests), bool)
+    if fraction == 0:
+        return held_out
+    keys = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
+    keys ^= np.random.default_rng(seed).integers(2**64, dtype=np.uint64) if seed else np.uint64(0)
+    classes = np.zeros(len(keys), np.int64) if labels is None else np.unique(np.array(labels), return_inverse=True)[1]
+    for members in np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]):
+        count = max(1, round(fraction * len(members)))
+        chosen = keys[members] <= np.sort(keys[members])[count - 1]
+        if not chosen.all():  # or nothing would be left to train on
+            held_out[members[chosen]] = True
+    return held_out
+
+
+def _where(digests: list[bytes], chosen: np.ndarray) -> list[bytes]:
+    return [digests[index] for index in np.flatnonzero(chosen)]
+
+
+def _overlap(train: list[bytes], validation: list[bytes], images: ImageSet) -> list[str]:
+    seen = set(train)
+    notes = []
+    if both := [number for number, digest in enumerate(validation) if digest in seen]:
+        named = ", ".join(images.images.name(number) for number in both[:3]) + (", ..." if len(both) > 3 else "")
+        notes.append(f"{len(both)} of {len(validation)} validation images are training images too: {named}")
+    if repeated := len(train) - len(seen):
+        notes.append(f"{repeated} of {len(train)} training images are there twice")
+    return notes
+
+
+def _name_classes(train: ImageSet, given: list[str] | None, data: str) -> list[str]:
+    """The classes in the order of their ids; numbers are sorted by size."""
+    names = given or train.class_names
+    if names is None:
+        found = {str(label) for label in train.labels}
+        names = sorted(found, key=int if all(name.removeprefix("-").isdecimal() for name in found) else None)
+    if len(names) < 2:
+        raise ValueError(f"{data} has one class only, {', '.join(names)!r}: classifying needs two or more")
+    counts = Counter(map(str, train.labels))
+    if given is None and train.class_names and (empty := [name for name in names if not counts[name]]):
+        raise ValueError(f"{data}: no training image has the class {empty[0]!r}; add some, or give label_names")
+    return list(names)
+
+
+def _number_labels(images: ImageSet, ids: dict[str, int], data: str) -> np.ndarray:
+    """Class ids (N,) int64. Raises ValueError naming the image whose label is none of the classes."""
+    for number, label in enumerate(images.labels):
+        if str(label) not in ids:
+            raise ValueError(f"{data}: {images.images.name(number)} has {unknown_label(label, ids)}")
+    return np.array([ids[str(label)] for label in images.labels], np.int64)
+
+
+def _look(train: ImageSet, num_channels: int | None, data: str) -> tuple[int, tuple[int, int] | None]:
+    """The channels of the images, and their size if it is small and one for all, from a few hundred of them."""
+    if len(train.images) == 0:
+        raise ValueError(f"{data} has no image to train on")
+    chosen = np.unique(np.linspace(0, len(train.images) - 1, NUM_LOOKED_AT).astype(int))
+    found = [seen for index in chosen if (seen := train.images.look(int(index))) is not None]
+    if not found:
+        raise ValueError(f"{data}: none of the {len(chosen)} images looked at can be identified")
+    channels = num_channels or max(seen[0] for seen in found)
+    if channels not in (1, 3):
+        raise ValueError(f"{data}: images with {channels} channels: set num_channels to 3 (colour) or 1 (grey)")
+    sizes = {tuple(seen[1]) for seen in found}
+    is_small = len(sizes) == 1 and max(min(sizes)) <= SMALL
+    return channels, min(sizes) if is_small else None
