@@ -103,6 +103,32 @@ class Classification(evaluate.Metric):
         }
 
 
+class ImageClassification(evaluate.Metric):
+    """Loss and accuracies of images, over all and for each class, and which class was taken for which.
+
+    Fed for each image its class id (`references`), the predicted one (`predictions`), how many classes were thought
+    likelier than the true one (`ranks`), and the loss in nats (`losses`). `per_class_accuracy` has a number for each
+    class, NaN for one without images; `confusion_matrix` counts, [true class][predicted class].
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        number = datasets.Value("int64")
+        return _describe(self, predictions=number, references=number, ranks=number, losses=datasets.Value("float64"))
+
+    def _compute(self, predictions, references, ranks, losses, num_labels: int) -> dict[str, float | list]:
+        confusion = np.zeros((num_labels, num_labels), np.int64)
+        np.add.at(confusion, (references, predictions), 1)
+        totals = confusion.sum(axis=1)
+        by_class = np.divide(confusion.diagonal(), totals, out=np.full(num_labels, np.nan), where=totals > 0)
+        return {
+            "loss": math.fsum(losses) / len(losses),
+            "accuracy": float(confusion.trace() / len(references)),
+            "top5_accuracy": float(np.mean(np.less(ranks, 5))),
+            "per_class_accuracy": by_class.tolist(),
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
 class Regression(evaluate.Metric):
     """Pearson's and Spearman's correlation, and the mean squared error. Nothing correlates with a constant: 0."""
 

@@ -10,6 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from training.metrics import (
     Classification,
     Entities,
+    ImageClassification,
     LanguageModeling,
     QuestionAnswering,
     Regression,
@@ -74,6 +75,40 @@ def test_f1_and_matthews_correlation_by_hand():
 def test_a_classifier_that_always_says_the_same_has_no_correlation():
     result = load_metric(Classification).compute(predictions=[0, 0, 0], references=[0, 1, 0], num_labels=2)
     assert result == {"accuracy": pytest.approx(2 / 3), "f1": 0.0, "macro_f1": 0.4, "matthews_correlation": 0.0}
+
+
+def test_images_by_hand():
+    metric = load_metric(ImageClassification)
+    metric.add_batch(references=[0, 0, 1], predictions=[0, 2, 1], ranks=[0, 5, 0], losses=[0.5, 2.0, 0.25])
+    metric.add_batch(references=[2], predictions=[1], ranks=[4], losses=[1.25])
+    assert metric.compute(num_labels=3) == {
+        "loss": 1.0,
+        "accuracy": 0.5,
+        "top5_accuracy": 0.75,
+        "per_class_accuracy": [0.5, 1.0, 0.0],
+        "confusion_matrix": [[1, 0, 1], [0, 1, 0], [0, 1, 0]],  # [true][predicted]
+    }
+
+
+def test_images_agree_with_scikit_learn():
+    logits, references = np.random.default_rng(0).normal(size=(300, 8)), np.arange(300) % 8
+    ranks = (logits > logits[np.arange(300), references][:, None]).sum(1)
+    predictions = logits.argmax(1)
+    result = load_metric(ImageClassification).compute(
+        predictions=predictions, references=references, ranks=ranks, losses=np.ones(300), num_labels=8
+    )
+    assert result["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(references, predictions))
+    assert result["top5_accuracy"] == pytest.approx(sklearn_metrics.top_k_accuracy_score(references, logits, k=5))
+    recall = sklearn_metrics.recall_score(references, predictions, average=None)
+    assert result["per_class_accuracy"] == pytest.approx(recall.tolist())
+    assert result["confusion_matrix"] == sklearn_metrics.confusion_matrix(references, predictions).tolist()
+
+
+def test_a_class_without_images_has_no_accuracy():
+    result = load_metric(ImageClassification).compute(
+        predictions=[1], references=[0], ranks=[1], losses=[1.0], num_labels=2
+    )
+    assert result["per_class_accuracy"][0] == 0 and math.isnan(result["per_class_accuracy"][1])
 
 
 def test_regression_agrees_with_scipy():
