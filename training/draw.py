@@ -1,69 +1,277 @@
-"""Pictures of a training: one function a figure. Each returns a matplotlib Figure; `figure.savefig(path)` keeps it."""
+"""Pictures of a model: where it looks, what it reconstructs, what it has learnt.
 
-import json
+    python -m training.draw CHECKPOINT [--image FILE ...] [--text TEXT] [--output_dir DIR]
+
+writes every figure that fits the checkpoint, which is a folder or a Hub repository of a GPT, a BERT, a ViT or a masked
+autoencoder, ours or stock. Each function here returns a matplotlib Figure; `figure.savefig(path)` keeps it.
+
+L layers, B images, C channels, N heads, T tokens, P patches
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from hf_models import ZooViTMAEForPreTraining, ZooViTModel
+from training import figures
+from training.arguments import user_errors
+from training.decoding import decode_all
+from training.figures import curves
+from training.image_rows import ArrayRows
+from training.images import read_images
+from training.models import normalisation_of
+
+TEXT = "The list is empty because nobody has put anything into it."
 
 
-def curves(metrics_file: str | Path) -> Figure:
-    """The course of a run: training loss (raw and smoothed) and evaluation loss over the learning rate.
+def attention_maps(model, pixel_values: torch.Tensor, mean=0.5, std=0.5) -> Figure:
+    """What each head of the last layer looks at, and attention rollout through all layers, over the images.
 
-    metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss". A torn last line, left by a
-    run that was killed while writing, is passed over. Raises ValueError if no line has a loss.
+    The attention is that of the class token, or where there is none the mean over all patches: what the image as a
+    whole is represented by. What goes to the class token and to registers is left out.
+
+    Args:
+        model: a `ZooViTModel` or a model with one inside; a masked autoencoder is shown the whole image.
+        pixel_values: (B, C, H, W), normalised with `mean` and `std`, numbers or one for each channel.
     """
-    lines = _read_lines(Path(metrics_file))
-    losses, rates, evaluations = (_series(lines, key) for key in ("loss", "learning_rate", "eval_loss"))
-    if not losses[0] and not evaluations[0]:
-        raise ValueError(f"{metrics_file}: no line has a loss, nothing to draw")
+    encoder, config = model.base_model, model.config
+    with evaluating(encoder):
+        attentions = ZooViTModel.forward(encoder, pixel_values.to(encoder.device), output_attentions=True).attentions
+    attentions = torch.stack(attentions).float().cpu()  # (L, B, N, T, T)
+    prefix = config.num_prefix_tokens
+    grid = [side // config.patch_size for side in pixel_values.shape[2:]]
 
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    if losses[0]:
-        steps, values = losses
-        upper.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        upper.plot(steps, _smooth(values), color="tab:blue", linewidth=1.6, label="training (smoothed)")
-    if evaluations[0]:
-        steps, values = evaluations
-        upper.plot(steps, values, color="tab:orange", marker="o", markersize=4, linewidth=1.2, label="evaluation")
-        upper.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (0, 7), textcoords="offset points", ha="center")
-    upper.set_ylabel("loss")
-    upper.legend(frameon=False)
-    lower.plot(*rates, color="tab:gray", linewidth=1.2)
-    lower.set_ylim(bottom=0)
-    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    lower.set_ylabel("learning rate")
-    lower.set_xlabel("step")
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    figure.align_ylabels()
-    return figure
+    def onto_patches(weights):  # (..., T, T) -> (..., rows, columns)
+        weights = weights[..., 0, :] if config.pooling != "mean" else weights[..., prefix:, :].mean(-2)
+        return weights[..., prefix:].unflatten(-1, grid).numpy()
+
+    rollout = onto_patches(attention_rollout(attentions))
+    return figures.image_attention(displayable(pixel_values, mean, std), rollout, onto_patches(attentions[-1]))
 
 
-def _read_lines(path: Path) -> list[dict]:
-    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    return lines
+def attention_rollout(attentions: torch.Tensor) -> torch.Tensor:
+    """How much of each token of the last layer comes from each token of the input, (..., T, T).
+
+    A layer mixes tokens by the mean of its heads' attention; the residual connection adds the token itself, in equal
+    parts. The product over the layers follows the tokens through all of them (Abnar and Zuidema 2020, section 3).
+
+    attentions: (L, ..., N, T, T).
+    """
+    mixing = attentions.mean(-3)
+    mixing = mixing + torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
+    mixing = mixing / mixing.sum(-1, keepdim=True)
+    rollout = mixing[0]
+    for layer in mixing[1:]:
+        rollout = layer @ rollout
+    return rollout
 
 
-def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """The steps that have `key`, in order, and its values. A step that was repeated after a resume counts once."""
-    series = {line["step"]: line[key] for line in lines if key in line}
-    steps = sorted(series)
-    return steps, [series[step] for step in steps]
+def reconstructions(
+    model: ZooViTMAEForPreTraining, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, mean=0.5, std=0.5
+) -> Figure:
+    """Images, their visible patches, and what the masked autoencoder makes of them.
+
+    A model that paints pixels normalised within each patch does not say how light a patch is and how strong its
+    contrast: both are then taken from the image itself.
+
+    Args:
+        pixel_values: (B, C, H, W), normalised with `mean` and `std`, numbers or one for each channel.
+        noise: (B, P), as the model takes it; by default the same at every call.
+    """
+    size = tuple(pixel_values.shape[2:])
+    pixel_values = pixel_values.float().cpu()
+    patches = model.patchify(pixel_values)  # (B, P, p p C)
+    if noise is None:
+        noise = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(0))
+    with evaluating(model):
+        outputs = model(pixel_values.to(model.device), noise=noise.to(model.device))
+    painted, is_masked = outputs.logits.float().cpu(), outputs.mask.cpu()[..., None] > 0
+    if model.config.norm_pix_loss:
+        painted = painted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+    visible = model.unpatchify(patches.masked_fill(is_masked, torch.nan), size)
+    painted = model.unpatchify(patches.where(~is_masked, painted), size)
+    return figures.reconstruction_triples(
+        *(displayable(images, mean, std) for images in (pixel_values, visible, painted))
+    )
 
 
-def _smooth(values: list[float]) -> np.ndarray:
-    """The mean over a twentieth of the course around each point (fewer at the ends), so the curve does not lag."""
-    index = np.arange(len(values))
-    half = np.minimum(np.minimum(index, index[::-1]), len(values) // 40)
-    totals = np.concatenate([[0.0], np.cumsum(values)])
-    return (totals[index + half + 1] - totals[index - half]) / (2 * half + 1)
+def position_similarity(model) -> Figure:
+    """How similar the learned position of each patch is to all others (Dosovitskiy et al. 2021, figure 7, centre).
+
+    Raises ValueError if the positions are fixed functions of the place.
+    """
+    kind = model.config.position_embedding_type
+    if not kind.startswith("learned"):
+        raise ValueError(f"position_embedding_type={kind!r} has no learned positions to compare")
+    rows, columns = model.config.grid_size
+    vectors = model.base_model.positions.vectors(rows, columns, torch.float32, model.device)
+    return figures.similarity_of_positions(vectors.detach().float().cpu().view(rows, columns, -1).numpy())
+
+
+def first_filters(model) -> Figure:
+    """Principal components of the filters that see the pixels, those of the patches or of the convolutional stem
+    (Dosovitskiy et al. 2021, figure 7, left)."""
+    embedding = model.base_model.patch_embed
+    first = next(module for module in embedding.modules() if isinstance(module, torch.nn.Conv2d))
+    return figures.principal_filters(first.weight.detach().float().cpu().numpy())
+
+
+def token_attention(model, tokenizer, text: str, layer: int | None = None, max_tokens: int = 40) -> Figure:
+    """Which token of a text looks at which: every head of every layer, or those of one layer with the tokens' names.
+
+    Args:
+        model: any model of text that gives attention maps, ours or stock.
+        layer: counted from 0, or from the end if negative; None: all layers.
+        max_tokens: what is longer is cut.
+
+    Raises:
+        ValueError: a text without tokens, or no such layer.
+    """
+    max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
+    inputs = tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ValueError(f"text {text!r} has no tokens: give a longer one")
+    with evaluating(model):
+        attentions = model(**inputs.to(model.device), output_attentions=True).attentions
+    attentions = torch.cat(attentions).float().cpu().numpy()  # (L, N, T, T)
+    if layer is None:
+        return figures.token_attention_overview(attentions)
+    if not -len(attentions) <= layer < len(attentions):
+        raise ValueError(f"layer {layer} of a model with {len(attentions)} layers")
+    return figures.token_attention_heads(attentions[layer], token_names(tokenizer, inputs["input_ids"][0].tolist()))
+
+
+def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token looks like, white space as signs, and parts of a letter in the tokenizer's spelling."""
+    names = []
+    for number in ids:
+        name = tokenizer.decode([number])
+        if not name or "\N{REPLACEMENT CHARACTER}" in name:
+            name = tokenizer.convert_ids_to_tokens(number)
+        names.append(name.strip() or name.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥"}))
+    return names
+
+
+def displayable(pixel_values: torch.Tensor, mean, std) -> np.ndarray:
+    """Images (B, H, W, C) from 0 to 1 of normalised ones (B, C, H, W)."""
+    mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std))
+    return (pixel_values.detach().float().cpu() * std + mean).permute(0, 2, 3, 1).numpy()
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """For the time of the block: no gradients, no dropout, and attention as the backend that forms its maps."""
+    was_training, backend = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(backend)
+        model.train(was_training)
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+
+def draw_text(checkpoint: str, config, images: Sequence[str], text: str | None) -> Iterator[tuple[str, Figure]]:
+    """The figures of a GPT or BERT by name."""
+    if images:
+        raise ValueError(f"--image: {checkpoint} is a model of text, give --text")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint, attn_implementation="eager")
+    yield "token_attention", token_attention(model, tokenizer, text or TEXT)
+    yield "token_attention_last_layer", token_attention(model, tokenizer, text or TEXT, layer=-1)
+
+
+def draw_images(checkpoint: str, config, images: Sequence[str], text: str | None) -> Iterator[tuple[str, Figure]]:
+    """The figures of a ViT or masked autoencoder by name."""
+    if text is not None:
+        raise ValueError(f"--text: {checkpoint} is a model of images, give --image")
+    is_mae = config.model_type in ("zoo_vit_mae", "vit_mae")
+    if is_mae:
+        model = ZooViTMAEForPreTraining.from_pretrained(checkpoint)
+    else:
+        model = ZooViTModel.from_pretrained(checkpoint, add_pooling_layer=False)
+    mean, std = normalisation_of(checkpoint, model.config.num_channels) or (0.5, 0.5)
+    pixels = open_images(images, model.config)
+    shape = (-1, 1, 1)
+    pixel_values = (pixels / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    if is_mae:
+        yield "reconstructions", reconstructions(model, pixel_values, None, mean, std)
+    yield "attention_maps", attention_maps(model, pixel_values, mean, std)
+    yield "first_filters", first_filters(model)
+    try:
+        yield "position_similarity", position_similarity(model)
+    except ValueError as error:
+        print(f"no position_similarity: {error}")
+
+
+def open_images(files: Sequence[str], config) -> torch.Tensor:
+    """Images (B, C, H, W), uint8, cut and resized to what the model was made for; without files some that come with
+    scikit-learn, digits for a model of grey images and photographs for one of colour."""
+    num_channels, size = config.num_channels, tuple(side * config.patch_size for side in config.grid_size)
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels is {num_channels}: only models of grey (1) or colour images (3) can be drawn")
+    if files:
+        pixels = np.zeros((len(files), num_channels, *size), np.uint8)
+        failures, _ = decode_all(files, None, num_channels, pixels)
+        for place, reason in failures.items():
+            raise ValueError(f"--image {files[place]}: {reason}")
+        return torch.from_numpy(pixels)
+    if num_channels == 1:
+        return read_images("embedded").validation.images(range(8, 12), size=size)
+    from sklearn.datasets import load_sample_images
+
+    photographs = np.stack(load_sample_images().images).transpose(0, 3, 1, 2)
+    return ArrayRows(photographs, None, num_channels=3).images(range(2), size=size)
+
+
+FAMILIES = {
+    **dict.fromkeys(("zoo_gpt", "gpt2", "zoo_bert", "bert"), draw_text),
+    **dict.fromkeys(("zoo_vit", "vit", "zoo_vit_mae", "vit_mae"), draw_images),
+}
+
+
+def draw(checkpoint: str, images: Sequence[str] = (), text: str | None = None) -> Iterator[tuple[str, Figure]]:
+    """Every figure that fits the checkpoint, by name.
+
+    Raises ValueError or OSError for a checkpoint that does not load or is of none of the families, images or text that
+    do not suit it, and an image that cannot be read.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{checkpoint} is a {config.model_type}; there are figures of {', '.join(FAMILIES)}")
+    yield from FAMILIES[config.model_type](checkpoint, config, images, text)
+    metrics_file = Path(checkpoint, "metrics.jsonl")
+    if metrics_file.exists():
+        yield "curves", curves(metrics_file)
+
+
+def main(argv: Sequence[str] | None = None):
+    parser = argparse.ArgumentParser(prog="python -m training.draw", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="folder or Hub repository")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images to draw for a model of images")
+    parser.add_argument("--text", help="text to draw for a model of text")
+    parser.add_argument("--output_dir", help="where to; default: 'figures' in the checkpoint's folder, or here")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()  # of heads that are left out, which is no matter here
+    logging.disable_progress_bar()
+    output_dir = Path(args.output_dir or Path(args.checkpoint if Path(args.checkpoint).is_dir() else ".", "figures"))
+    with user_errors():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, figure in draw(args.checkpoint, args.image, args.text):
+            figure.savefig(output_dir / f"{name}.png")
+            print(output_dir / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""From plain arrays to pictures. Each function returns a matplotlib Figure; `figure.savefig(path)` keeps it.
+
+Colours are a single hue from light to dark, or viridis and inferno, whose lightness only ever rises: they read the same
+in print and for every kind of colour vision. Images are (H, W, C) with values from 0 to 1; three channels are shown in
+colour, any other number as their mean, in grey.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+GREY_TEXT = "0.35"
+
+
+def curves(metrics_file: str | Path) -> Figure:
+    """The course of a run: training loss (raw and smoothed) and evaluation loss, accuracy if there is one, and the
+    learning rate below.
+
+    metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss", "eval_accuracy". A torn last
+    line, left by a run that was killed while writing, is passed over. Raises ValueError if no line has a loss.
+    """
+    lines = _read_lines(Path(metrics_file))
+    names = ("loss", "learning_rate", "eval_loss", "eval_accuracy")
+    losses, rates, evaluations, accuracies = (_series(lines, key) for key in names)
+    if not losses[0] and not evaluations[0]:
+        raise ValueError(f"{metrics_file}: no line has a loss, nothing to draw")
+
+    heights = [4, 2, 1] if accuracies[0] else [4, 1]
+    figure = Figure(figsize=(7, 1.2 + 0.68 * sum(heights)), dpi=150, layout="constrained")
+    upper, *middle, lower = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    if losses[0]:
+        steps, values = losses
+        upper.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        upper.plot(steps, _smooth(values), color="tab:blue", linewidth=1.6, label="training (smoothed)")
+    for axes, (steps, values) in zip((upper, *middle), (evaluations, accuracies), strict=False):
+        if steps:
+            axes.plot(steps, values, color="tab:orange", marker="o", markersize=4, linewidth=1.2, label="evaluation")
+            # On the side away from the curve of the training loss.
+            below = axes is upper and bool(losses[0]) and values[-1] < losses[1][-1]
+            offset = (0, -14 if below else 7)
+            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), offset, textcoords="offset points", ha="center")
+    upper.set_ylabel("loss")
+    upper.legend(frameon=False)
+    for axes in middle:
+        axes.set_ylabel("accuracy")
+    for axes in (upper, *middle):
+        axes.margins(y=0.12)  # room for the number
+    lower.plot(*rates, color="tab:gray", linewidth=1.2)
+    lower.set_ylim(bottom=0)
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    for axes in (upper, *middle, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    figure.align_ylabels()
+    return figure
+
+
+def confusion_matrix(counts: np.ndarray, label_names: list[str]) -> Figure:
+    """Which class (row) was taken for which (column). Shades are fractions of a row, so that rare classes count as
+    much as frequent ones; the numbers are counts, left out where there are more than 30 classes.
+
+    counts: (C, C) whole numbers, [true class, predicted class].
+    """
+    counts = np.asarray(counts)
+    if counts.shape != (len(label_names), len(label_names)):
+        raise ValueError(f"counts of shape {counts.shape} do not fit {len(label_names)} label_names")
+    num_labels, totals = len(counts), counts.sum(axis=1, keepdims=True)
+    fractions = counts / np.maximum(totals, 1)
+    size = float(np.clip(0.42 * num_labels, 2.8, 9))
+    longest = min(max(map(len, label_names)), 24) * 0.075
+    figure = Figure(figsize=(size + longest + 0.7, size + longest + 0.9), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    # Errors are few next to what is right: under a square root they still show.
+    axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    axes.set_title(f"{np.trace(counts) / max(totals.sum(), 1):.2%} of {totals.sum():,} are right", fontsize=10)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    ticks = np.arange(0, num_labels, -(-num_labels // 60))  # of very many classes only some are named
+    names = [_shorten(label_names[tick]) for tick in ticks]
+    rotation = 0 if max(map(len, names)) <= 3 else 90
+    axes.set_xticks(ticks, names, rotation=rotation, fontsize=8, parse_math=False)
+    axes.set_yticks(ticks, names, fontsize=8, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_color("0.8")
+    if num_labels <= 30:
+        digits = len(str(counts.max()))
+        fontsize = min(8, 72 * size / num_labels / (0.75 * digits + 0.5))
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if fractions[row, column] > 0.3 else "0.15"
+                axes.text(column, row, f"{count}", color=color, fontsize=fontsize, ha="center", va="center")
+    return figure
+
+
+def image_attention(images: np.ndarray, rollout: np.ndarray, heads: np.ndarray) -> Figure:
+    """For each image what a model attends to: attention rollout, and the heads of one layer, as light on the image.
+
+    Every map has a scale of its own, from its least to its greatest value.
+
+    images: (B, H, W, C); rollout: (B, rows, columns), heads: (B, N, rows, columns), over the patches.
+    """
+    num_heads, (height, width) = heads.shape[1], images.shape[1:3]
+    lines = 1 if num_heads <= 4 else 2 if num_heads <= 16 else 3
+    columns = -(-num_heads // lines)
+    cell = 1.9 if lines == 1 else 1.15  # inches of the longer side
+    cell_width, cell_height = cell * width / max(height, width), cell * height / max(height, width)
+    gap, title = 0.06, 0.22
+    wraps = lines > 1  # then every block needs its titles
+    step = cell_height + title * wraps
+    big_height = (lines - 1) * step + cell_height
+    big_width = big_height * width / height
+    block = big_height + gap + title * wraps
+    left = 2 * (big_width + gap) + 0.1 + gap
+    figure = Figure(figsize=(left + columns * (cell_width + gap), title + len(images) * block), dpi=150)
+    for number, (image, whole, maps) in enumerate(zip(images, rollout, heads, strict=True)):
+        top, is_titled = title + number * block, wraps or number == 0
+        _show(_place(figure, gap, top, big_width, big_height, "image" * is_titled), image)
+        place = (gap + big_width + gap, top, big_width, big_height)
+        _show_map(_place(figure, *place, "rollout of all layers" * is_titled), image, whole)
+        for head, map in enumerate(maps):
+            line, column = divmod(head, columns)
+            place = (left + column * (cell_width + gap), top + line * step, cell_width, cell_height)
+            _show_map(_place(figure, *place, f"head {head + 1}" * is_titled), image, map)
+    return figure
+
+
+def reconstruction_triples(images: np.ndarray, visible: np.ndarray, reconstructed: np.ndarray) -> Figure:
+    """Each image, the part of it that was visible, and the whole that a model made of it (He et al. 2022, figure 2).
+
+    images, visible, reconstructed: (B, H, W, C); NaN where nothing is visible.
+    """
+    height, width = images.shape[1:3]
+    across = min(2, len(images))  # triples side by side
+    cell_width, cell_height = 1.5 * width / max(height, width), 1.5 * height / max(height, width)
+    gap, margin, title = 0.05, 0.3, 0.24
+    lines = -(-len(images) // across)
+    triple = 3 * cell_width + 2 * gap
+    size = (across * triple + (across - 1) * margin + 2 * gap, title + lines * (cell_height + gap))
+    figure = Figure(figsize=size, dpi=150)
+    for number, parts in enumerate(zip(images, visible, reconstructed, strict=True)):
+        line, place = divmod(number, across)
+        for column, (part, name) in enumerate(zip(parts, ("image", "visible", "reconstructed"), strict=True)):
+            left = gap + place * (triple + margin) + column * (cell_width + gap)
+            top = title + line * (cell_height + gap)
+            axes = _place(figure, left, top, cell_width, cell_height, "" if line else name)
+            _show(axes, part)
+    return figure
+
+
+def similarity_of_positions(vectors: np.ndarray) -> Figure:
+    """Cosine similarity of each patch's position vector to all others (Dosovitskiy et al. 2021, figure 7, centre).
+
+    vectors: (rows, columns, D). The tile in row r and column c compares the patch at (r, c) with the whole grid. Of a
+    grid with more than 14 rows or columns only as many tiles are shown, evenly spread.
+    """
+    rows, columns = vectors.shape[:2]
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    chosen = [np.unique(np.linspace(0, size - 1, min(size, 14)).round().astype(int)) for size in (rows, columns)]
+    similarities = np.einsum("rcd,hwd->rchw", unit[np.ix_(*chosen)], unit)
+    tall, wide = len(chosen[0]), len(chosen[1])
+    space = max(1, round(0.08 * max(rows, columns)))
+    board = np.full((tall * (rows + space) - space, wide * (columns + space) - space), np.nan)
+    for row in range(tall):
+        for column in range(wide):
+            top, left = row * (rows + space), column * (columns + space)
+            board[top : top + rows, left : left + columns] = similarities[row, column]
+
+    height, width = (5.2 * side / max(board.shape) for side in board.shape)
+    left, top, bar = 0.55, 0.1, 0.9
+    figure = Figure(figsize=(left + width + bar, top + height + 0.45), dpi=150)
+    axes = _place(figure, left, top, width, height)
+    picture = axes.imshow(board, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_yticks(np.arange(tall) * (rows + space) + (rows - 1) / 2, chosen[0] + 1)
+    axes.set_xticks(np.arange(wide) * (columns + space) + (columns - 1) / 2, chosen[1] + 1)
+    axes.set_ylabel("row of the patch", fontsize=9)
+    axes.set_xlabel("column of the patch", fontsize=9)
+    axes.tick_params(length=0, labelsize=8)
+    _color_bar(figure, picture, left + width + 0.1, top, min(height, 3), "cosine similarity", [-1, -0.5, 0, 0.5, 1])
+    return figure
+
+
+def principal_filters(weight: np.ndarray, num_filters: int = 28) -> Figure:
+    """The first principal components of the filters of a first layer (Dosovitskiy et al. 2021, figure 7, left): what
+    kinds of patches it tells apart, the greatest differences first. Each is scaled to the full range, 0 in the middle.
+
+    weight: (D, C, height, width), as a convolution has it.
+    """
+    filters = weight.reshape(len(weight), -1)
+    _, sizes, components = np.linalg.svd(filters - filters.mean(axis=0), full_matrices=False)
+    num_filters = min(num_filters, int((sizes > 1e-6 * sizes[0]).sum()))
+    if num_filters == 0:
+        raise ValueError("all filters of the first layer are the same, so they have no principal components")
+    components = components[:num_filters] * np.sign(components[:num_filters].sum(axis=1, keepdims=True))
+    components = components.reshape(-1, *weight.shape[1:]).transpose(0, 2, 3, 1)
+    columns = 7 if num_filters % 7 == 0 else math.ceil(num_filters**0.5)
+    lines, cell, gap = -(-num_filters // columns), 0.8, 0.06
+    figure = Figure(figsize=(columns * (cell + gap) + gap, lines * (cell + gap) + gap), dpi=150)
+    for number, component in enumerate(components):
+        line, column = divmod(number, columns)
+        axes = _place(figure, gap + column * (cell + gap), gap + line * (cell + gap), cell, cell)
+        component = component if component.shape[-1] == 3 else component.mean(axis=-1, keepdims=True)
+        _show(axes, 0.5 + 0.5 * component / max(np.abs(component).max(), 1e-12))
+    return figure
+
+
+def token_attention_overview(attentions: np.ndarray) -> Figure:
+    """Every head of every layer as a small map of which token (row) looks at which (column).
+
+    attentions: (L, N, T, T), the weights of a row adding up to 1.
+    """
+    num_layers, num_heads = attentions.shape[:2]
+    step = float(np.clip(9 / max(num_layers, num_heads), 0.6, 1.5))
+    cell, margin, bar = step - 0.06, 0.3, 0.75
+    figure = Figure(figsize=(margin + num_heads * step + bar, margin + max(num_layers * step, 1.5)), dpi=150)
+    for layer, head in np.ndindex(num_layers, num_heads):
+        axes = _place(figure, margin + head * step, margin + layer * step, cell, cell)
+        picture = _show_weights(axes, attentions[layer, head])
+        if layer == 0:
+            axes.set_title(f"head {head + 1}" if step > 0.7 else f"{head + 1}", fontsize=8, pad=3)
+        if head == 0:
+            axes.set_ylabel(f"layer {layer + 1}" if step > 0.7 else f"{layer + 1}", fontsize=8, labelpad=3)
+    _color_bar(figure, picture, margin + num_heads * step + 0.06, margin, min(max(num_layers * step, 1.5), 3) - 0.06)
+    return figure
+
+
+def token_attention_heads(attention: np.ndarray, tokens: list[str]) -> Figure:
+    """The heads of one layer, token by token: how much each token (row) takes from each (column).
+
+    attention: (N, T, T), the weights of a row adding up to 1.
+    """
+    num_heads, num_tokens = attention.shape[:2]
+    columns = min(num_heads, 4 if num_tokens <= 16 else 3)
+    lines = -(-num_heads // columns)
+    label, bar = 0.06 * max(map(len, tokens)) + 0.12, 0.75
+    cell, gap, title = max(1.6, 0.115 * num_tokens), 0.14, 0.26
+    figure = Figure(figsize=(label + columns * (cell + gap) + bar, label + lines * (cell + title)), dpi=150)
+    for head, weights in enumerate(attention):
+        line, column = divmod(head, columns)
+        axes = _place(figure, label + column * (cell + gap), label + line * (cell + title), cell, cell)
+        picture = _show_weights(axes, weights)
+        axes.set_xlabel(f"head {head + 1}", fontsize=8, color=GREY_TEXT, labelpad=3)
+        if column == 0:
+            axes.set_yticks(range(num_tokens), tokens, fontsize=7, parse_math=False)
+        if line == 0:
+            axes.xaxis.tick_top()
+            axes.set_xticks(range(num_tokens), tokens, fontsize=7, rotation=90, parse_math=False)
+    _color_bar(figure, picture, label + columns * (cell + gap) + 0.06, label, min(cell, 3))
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+
+
+def _place(figure: Figure, left: float, top: float, width: float, height: float, title: str = ""):
+    """Axes for a picture, in inches from the top left of the figure: layouts of matplotlib leave gaps that differ."""
+    whole_width, whole_height = figure.get_size_inches()
+    bottom = whole_height - top - height
+    axes = figure.add_axes(
+        (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height), xticks=[], yticks=[]
+    )
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=8, color=GREY_TEXT, pad=3)
+    return axes
+
+
+def _show(axes, image: np.ndarray):
+    """An image (H, W, C) with values from 0 to 1, in grey where it is NaN."""
+    if image.shape[-1] != 3:
+        image = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    axes.imshow(np.clip(np.where(np.isnan(image), 0.6, image), 0, 1), aspect="auto")
+
+
+def _show_map(axes, image: np.ndarray, map: np.ndarray):
+    """A map (rows, columns) as colour over the image, which stays visible in grey."""
+    height, width = image.shape[:2]
+    axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1, aspect="auto")
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    # matplotlib's "bicubic" would lower a peak of one patch; "hermite" is as smooth and goes through every value.
+    axes.imshow(map, cmap="inferno", alpha=0.65, extent=extent, interpolation="hermite", aspect="auto")
+
+
+def _show_weights(axes, weights: np.ndarray):
+    """Weights (T, T) from white for 0 to dark for 1; by their square root, so that what is small still shows."""
+    axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
+    axes.tick_params(length=0, pad=2)
+    return axes.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
+
+
+def _color_bar(
+    figure: Figure, picture, left: float, top: float, height: float, label: str = "attention", ticks=(0, 0.1, 0.5, 1)
+):
+    bar = figure.colorbar(picture, cax=_place(figure, left, top, 0.1, height), ticks=ticks)
+    bar.outline.set_visible(False)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8, length=2)
+
+
+def _shorten(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _read_lines(path: Path) -> list[dict]:
+    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    return lines
+
+
+def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """The steps that have `key`, in order, and its values. A step that was repeated after a resume counts once."""
+    series = {line["step"]: line[key] for line in lines if key in line}
+    steps = sorted(series)
+    return steps, [series[step] for step in steps]
+
+
+def _smooth(values: list[float]) -> np.ndarray:
+    """The mean over a twentieth of the course around each point (fewer at the ends), so the curve does not lag."""
+    index = np.arange(len(values))
+    half = np.minimum(np.minimum(index, index[::-1]), len(values) // 40)
+    totals = np.concatenate([[0.0], np.cumsum(values)])
+    return (totals[index + half + 1] - totals[index - half]) / (2 * half + 1)
