@@ -11,8 +11,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
-from hf_models import ZooBertForMaskedLM, ZooGPTForCausalLM  # noqa: E402
-from tests.families import GPT_OPTIONS, TINY  # noqa: E402
+from hf_models import ZooBertForMaskedLM, ZooGPTForCausalLM, ZooViTForImageClassification  # noqa: E402
+from tests.families import GPT_OPTIONS, TINY_MAE, TINY_TEXT, TINY_VIT, family_of  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,8 @@ def make_model(randomise):
     **config_fields)`."""
 
     def make_model(model_class, attn_implementation="eager", **fields):
-        config = model_class.config_class(**{**TINY, **fields}, attn_implementation=attn_implementation)
+        sizes = family_of(model_class).sizes
+        config = model_class.config_class(**{**sizes, **fields}, attn_implementation=attn_implementation)
         return randomise(model_class(config)).eval()
 
     return make_model
@@ -68,6 +69,12 @@ def make_bert(make_model):
     return lambda model_class=ZooBertForMaskedLM, *args, **fields: make_model(model_class, *args, **fields)
 
 
+@pytest.fixture
+def make_vit(make_model):
+    """`make_model`, with the image classifier as its default."""
+    return lambda model_class=ZooViTForImageClassification, *args, **fields: make_model(model_class, *args, **fields)
+
+
 @pytest.fixture(params=GPT_OPTIONS)
 def options(request):
     """The fields of each tiny GPT in turn."""
@@ -77,7 +84,7 @@ def options(request):
 @pytest.fixture
 def tokens():
     """Three rows of twelve random token ids."""
-    return torch.randint(0, TINY["vocab_size"], (3, 12))
+    return torch.randint(0, TINY_TEXT["vocab_size"], (3, 12))
 
 
 @pytest.fixture
@@ -100,7 +107,7 @@ def stock_bert(randomise):
 
     def stock_bert(model_class=transformers.BertForMaskedLM, **fields):
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        sizes = {name: size for name, size in TINY.items() if "dropout" not in name}
+        sizes = {name: size for name, size in TINY_TEXT.items() if "dropout" not in name}
         config = transformers.BertConfig(
             **{**sizes, "intermediate_size": 128, **no_dropout, **fields}, attn_implementation="eager"
         )
@@ -110,12 +117,34 @@ def stock_bert(randomise):
 
 
 @pytest.fixture
+def stock_vit(randomise):
+    """A tiny randomised stock ViT or ViTMAE, eager: `stock_vit(transformers.ViTForImageClassification, ...)`."""
+
+    def stock_vit(model_class=transformers.ViTForImageClassification, **fields):
+        config_class = model_class.config_class
+        sizes = TINY_MAE if config_class is transformers.ViTMAEConfig else TINY_VIT
+        sizes = {name: size for name, size in sizes.items() if "dropout" not in name}
+        widths = {"intermediate_size": 128, "decoder_intermediate_size": 64}
+        widths = {name: width for name, width in widths.items() if hasattr(config_class, name)}
+        config = config_class(**{**sizes, **widths, **fields}, attn_implementation="eager")
+        return randomise(model_class(config)).eval()
+
+    return stock_vit
+
+
+@pytest.fixture
+def images():
+    """Three square images of noise, 16 pixels high and wide."""
+    return torch.randn(3, 3, 16, 16)
+
+
+@pytest.fixture
 def sentences():
     """Three rows of twelve, nine and five random token ids, padded with 0 to twelve, each with two segments: the
     model's inputs."""
     lengths = torch.tensor([12, 9, 5])
     mask = (torch.arange(12) < lengths[:, None]).long()
-    tokens = torch.randint(1, TINY["vocab_size"], (3, 12)) * mask
+    tokens = torch.randint(1, TINY_TEXT["vocab_size"], (3, 12)) * mask
     segments = (torch.arange(12) >= torch.tensor([7, 3, 4])[:, None]) * mask
     return {"input_ids": tokens, "attention_mask": mask, "token_type_ids": segments}
 

@@ -1,31 +1,40 @@
 """What the tests that hold for every family go through: tiny configs that take every option to each of its values,
-every class, and labels for it."""
+every class, and inputs and labels for it."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import (
+    AutoBackbone,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.auto_factory import _BaseAutoBackboneClass
 
 import hf_models
 from hf_models.zoo import MODERN
 
-TINY = {
-    "vocab_size": 64,
+BLOCKS = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 64,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
+}
+TINY_TEXT = {**BLOCKS, "vocab_size": 64, "max_position_embeddings": 64}
+TINY_VIT = {**BLOCKS, "image_size": 16, "patch_size": 4, "num_labels": 3}
+TINY_MAE = {
+    **TINY_VIT,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
 }
 
 GROUPED = {
@@ -35,16 +44,16 @@ GROUPED = {
     "norm": "rmsnorm",
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "tie_word_embeddings": False,
 }
+SINUSOIDAL = {"position_embedding_type": "sinusoidal", "hidden_act": "relu"}
 
 # Together they take every option of ZooGPTConfig to each of its values.
 GPT_OPTIONS = {
     "gpt1": {"norm_position": "post", "hidden_act": "gelu"},
     "gpt2": {},
-    "sinusoidal": {"position_embedding_type": "sinusoidal", "hidden_act": "relu", "tie_word_embeddings": False},
+    "sinusoidal": {**SINUSOIDAL, "tie_word_embeddings": False},
     "modern": MODERN,
-    "grouped": GROUPED,
+    "grouped": {**GROUPED, "tie_word_embeddings": False},
     "multi_query": {"num_key_value_heads": 1, "hidden_act": "silu", "residual_init": "normal", "use_bias": False},
 }
 
@@ -52,21 +61,47 @@ GPT_OPTIONS = {
 BERT_OPTIONS = {
     "bert": {},
     "pre_norm": {"norm_position": "pre", "hidden_act": "silu", "residual_init": "scaled"},
-    "sinusoidal": {"position_embedding_type": "sinusoidal", "hidden_act": "relu", "tie_word_embeddings": False},
+    "sinusoidal": {**SINUSOIDAL, "tie_word_embeddings": False},
     "modern": {**MODERN, "norm_position": "pre"},
-    "grouped": GROUPED,
+    "grouped": {**GROUPED, "tie_word_embeddings": False},
+}
+
+# And for ZooViTConfig and ZooViTMAEConfig.
+VIT_OPTIONS = {
+    "vit": {},
+    "sinusoidal": {**SINUSOIDAL, "pooling": "mean", "norm_position": "post"},
+    "halves": {
+        "position_embedding_type": "learned_2d",
+        "pooling": "both",
+        "layer_scale": 0.1,
+        "qkv_bias": False,
+        "residual_init": "scaled",
+    },
+    "modern": {**MODERN, "pooling": "mean", "num_register_tokens": 2},
+    "stem": {**GROUPED, "stem_channels": [8], "num_register_tokens": 1},
+}
+MAE_OPTIONS = {
+    "mae": {},
+    "halves": {**VIT_OPTIONS["halves"], "mask_ratio": 0.5, "norm_pix_loss": False},
+    "modern": VIT_OPTIONS["modern"],
 }
 
 
 class Family(NamedTuple):
-    language_model: type  # goes through all the options; the other classes through the first
+    main_class: type  # goes through all the options; the other classes through the first
+    sizes: dict
     options: dict[str, dict]
     auto_classes: dict[type, type]
 
+    @property
+    def of_text(self) -> bool:
+        return self.main_class.main_input_name == "input_ids"
 
-FAMILIES = {
+
+FAMILIES = {  # by `model_type`, without "zoo_"
     "gpt": Family(
         hf_models.ZooGPTForCausalLM,
+        TINY_TEXT,
         GPT_OPTIONS,
         {
             hf_models.ZooGPTModel: AutoModel,
@@ -76,6 +111,7 @@ FAMILIES = {
     ),
     "bert": Family(
         hf_models.ZooBertForMaskedLM,
+        TINY_TEXT,
         BERT_OPTIONS,
         {
             hf_models.ZooBertModel: AutoModel,
@@ -86,8 +122,33 @@ FAMILIES = {
             hf_models.ZooBertForQuestionAnswering: AutoModelForQuestionAnswering,
         },
     ),
+    "vit": Family(
+        hf_models.ZooViTForImageClassification,
+        TINY_VIT,
+        VIT_OPTIONS,
+        {
+            hf_models.ZooViTModel: AutoModel,
+            hf_models.ZooViTForImageClassification: AutoModelForImageClassification,
+            hf_models.ZooViTBackbone: AutoBackbone,
+        },
+    ),
+    "vit_mae": Family(
+        hf_models.ZooViTMAEForPreTraining,
+        TINY_MAE,
+        MAE_OPTIONS,
+        {
+            hf_models.ZooViTMAEModel: AutoModel,
+            hf_models.ZooViTMAEForPreTraining: AutoModelForPreTraining,
+        },
+    ),
 }
+TEXT_FAMILIES = {name: family for name, family in FAMILIES.items() if family.of_text}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+every_family_of_text = pytest.mark.parametrize("family", TEXT_FAMILIES.values(), ids=TEXT_FAMILIES.keys())
+
+
+def family_of(model_class) -> Family:
+    return FAMILIES[model_class.config_class.model_type.removeprefix("zoo_")]
 
 
 class Case(NamedTuple):
@@ -100,24 +161,42 @@ class Case(NamedTuple):
 def _cases():
     for family in FAMILIES.values():
         for option, fields in family.options.items():
-            yield f"{family.language_model.__name__}-{option}", Case(family.language_model, fields)
+            yield f"{family.main_class.__name__}-{option}", Case(family.main_class, fields)
         for model_class in family.auto_classes:
-            if model_class is not family.language_model:
-                fields = {"num_labels": 3} if "Classification" in model_class.__name__ else {}
-                yield model_class.__name__, Case(model_class, {"pad_token_id": 0, **fields})
+            if model_class is not family.main_class:
+                fields = {"pad_token_id": 0} if family.of_text else {}
+                if "Classification" in model_class.__name__:
+                    fields["num_labels"] = 3
+                yield model_class.__name__, Case(model_class, fields)
 
 
 CASES = dict(_cases())
-WITH_A_HEAD = {name: case for name, case in CASES.items() if not case.model_class.__name__.endswith("Model")}
+MAIN_CASES = {name: case for name, case in CASES.items() if case.model_class is family_of(case.model_class).main_class}
+CASES_OF_TEXT = {name: case for name, case in CASES.items() if family_of(case.model_class).of_text}
+WITH_A_HEAD = {
+    name: case for name, case in CASES.items() if not case.model_class.__name__.endswith(("Model", "Backbone"))
+}
 
 
-def labels_for(model_class, tokens):
-    """What a training step of the class gets beside its inputs; `tokens` are three rows of twelve."""
+def inputs_for(model_class):
+    """What a call of the class gets: three rows of twelve tokens, none of them padding; or three images, and for a
+    masked autoencoder what decides which of their patches are masked."""
+    if family_of(model_class).of_text:
+        return {"input_ids": torch.randint(1, TINY_TEXT["vocab_size"], (3, 12))}
+    images = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    return images | ({"noise": torch.rand(3, 16)} if model_class.config_class.model_type == "zoo_vit_mae" else {})
+
+
+def labels_for(model_class, inputs):
+    """What a training step of the class gets beside its inputs."""
     name = model_class.__name__
+    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return {"labels": torch.tensor([0, 2, 1])}
+    if not family_of(model_class).of_text:
+        return {}
+    tokens = inputs["input_ids"]
     if name.endswith("ForCausalLM"):
         return {"labels": tokens}
-    if name.endswith("ForSequenceClassification"):
-        return {"labels": torch.tensor([0, 2, 1])}
     if name.endswith("ForTokenClassification"):
         return {"labels": torch.where(tokens % 5 == 0, -100, tokens % 3)}
     if name.endswith("ForQuestionAnswering"):
@@ -133,9 +212,18 @@ def labels_for(model_class, tokens):
     return masked
 
 
+def open_with(auto_class, folder):
+    """`auto_class.from_pretrained`; without the question of `AutoBackbone`'s whether the Hub has a repository of that
+    name, on which transformers fails for every folder."""
+    opener = super(_BaseAutoBackboneClass, AutoBackbone) if auto_class is AutoBackbone else auto_class
+    return opener.from_pretrained(folder)
+
+
 def tensors(outputs):
-    """The tensors among a model's outputs, by name."""
-    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    """The tensors among a model's outputs, by name; a backbone's maps one by one."""
+    found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    maps = enumerate(outputs.get("feature_maps") or ())
+    return found | {f"feature_maps.{number}": one for number, one in maps}
 
 
 def gradients(model):

@@ -92,7 +92,7 @@ def plain_loss(model, inputs, labels, num_items=None):
 def test_the_loss_of_masked_places_is_the_plain_loss(make_bert, options, sentences, told, num_items):
     """Every gradient too: of the decoder, tied or not, and of its bias."""
     model = make_bert(**options).train()
-    asked = labels_for(ZooBertForMaskedLM, sentences["input_ids"])
+    asked = labels_for(ZooBertForMaskedLM, sentences)
     expected = plain_loss(model, sentences, asked["labels"], num_items)
     expected.backward()
     expected_gradients = gradients(model)
@@ -110,7 +110,7 @@ def test_the_loss_of_masked_places_is_the_plain_loss(make_bert, options, sentenc
 def test_a_position_that_is_no_position_is_not_scored(make_bert, tokens):
     """However many -1 pad the positions, and wherever they stand."""
     model = make_bert().train()
-    asked = labels_for(ZooBertForMaskedLM, tokens)
+    asked = labels_for(ZooBertForMaskedLM, {"input_ids": tokens})
     expected = model(tokens, **asked).loss
     positions = F.pad(asked["masked_positions"].flip(-1), (3, 2), value=-1)
     assert_close(model(tokens, labels=asked["labels"], masked_positions=positions).loss, expected, **EXACT)
@@ -119,7 +119,7 @@ def test_a_position_that_is_no_position_is_not_scored(make_bert, tokens):
 @pytest.mark.parametrize("model_class", [ZooBertForMaskedLM, ZooBertForPreTraining])
 def test_logits_are_there_whenever_they_are_not_a_waste(make_bert, model_class, tokens):
     name = "logits" if model_class is ZooBertForMaskedLM else "prediction_logits"
-    model, asked = make_bert(model_class), labels_for(model_class, tokens)
+    model, asked = make_bert(model_class), labels_for(model_class, {"input_ids": tokens})
     full = model(tokens)[name]
     assert full.shape == (3, 12, 64)
     assert torch.equal(model(tokens, **asked)[name], full)
@@ -131,7 +131,7 @@ def test_logits_are_there_whenever_they_are_not_a_waste(make_bert, model_class, 
 
 
 def test_the_loss_does_not_depend_on_the_logits(make_bert, sentences):
-    model, asked = make_bert().train(), labels_for(ZooBertForMaskedLM, sentences["input_ids"])
+    model, asked = make_bert().train(), labels_for(ZooBertForMaskedLM, sentences)
     without = model(**sentences, **asked).loss
     assert torch.equal(model(**sentences, **asked, return_logits=True).loss, without)
     assert_close(model.eval()(**sentences, **asked).loss, without, **EXACT)
@@ -256,7 +256,7 @@ def test_padding_may_be_on_the_left_or_between(make_bert, options, backend, toke
 def test_a_row_of_nothing_but_padding_harms_nobody(make_bert, backend, sentences):
     model = make_bert(attn_implementation=backend).train()
     sentences["attention_mask"][2] = 0
-    asked = labels_for(ZooBertForMaskedLM, sentences["input_ids"])
+    asked = labels_for(ZooBertForMaskedLM, sentences)
     asked = {"labels": asked["labels"].masked_fill(sentences["attention_mask"] == 0, -100)}
     expected = model(**{name: value[:2] for name, value in sentences.items()}, labels=asked["labels"][:2]).loss
     loss = model(**sentences, **asked).loss

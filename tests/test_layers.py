@@ -4,21 +4,21 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
 from hf_models.base import TransformerConfig
 from hf_models.layers import (
+    DropPath,
     FeedForward,
+    LayerScale,
     LearnedPositions2D,
     MultiHeadAttention,
     TransformerBlock,
     TransformerStack,
     apply_rotary,
-    cross_entropy,
-    linear_cross_entropy,
     make_norm,
     rotary_angles,
+    rotary_angles_2d,
     sinusoidal_encoding,
     sinusoidal_encoding_2d,
 )
@@ -267,6 +267,39 @@ def test_a_decoder_block_attends_to_itself_then_to_the_encoder(make, norm_positi
     assert_close(output, expected, **EXACT)
 
 
+def test_layer_scale_is_a_factor_for_each_channel(randomise):
+    scale, x = LayerScale(24, 0.1), states(2, 7, 24)
+    assert (scale.weight == 0.1).all()
+    randomise(scale).double()
+    assert_close(scale(x), torch.einsum("btd,d->btd", x, scale.weight), **EXACT)
+
+
+def test_drop_path_leaves_whole_samples_out_in_training_alone():
+    """And scales the others up, so that on average nothing changes."""
+    drop, x = DropPath(0.25), states(4000, 2, 3)
+    assert torch.equal(drop.eval()(x), x)
+    ratios = drop.train()(x) / x
+    dropped = (ratios == 0).all(2).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert_close(ratios[~dropped], torch.full_like(ratios[~dropped], 1 / 0.75))
+
+
+def test_a_block_scales_its_branches_and_leaves_them_out(make):
+    """x + drop(scale f(norm(x))): what is left out is the branch, never the sample."""
+    block, x = make(TransformerBlock, 0, layer_scale=0.5, layer_kwargs={"drop_path": 0.5}), states(2, 7, 24)
+    h = x + attention(block.attention, normalise(block.attention_norm, x))[0] * block.attention_branch[0].weight
+    branch = feed_forward(block.feed_forward, normalise(block.feed_forward_norm, h), "gelu")
+    assert_close(block(x), h + branch * block.feed_forward_branch[0].weight, **EXACT)
+    block.train()
+    assert any(torch.equal(block(x)[0], x[0]) for _ in range(50))  # both branches left out
+
+
+def test_the_deeper_a_block_of_a_stack_the_more_often_its_branches_are_left_out(make):
+    stack = make(TransformerStack, 4, drop_path=0.3)
+    rates = [sum(part.rate for part in block.feed_forward_branch if isinstance(part, DropPath)) for block in stack]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
 def test_a_stack_is_its_blocks_one_after_the_other(make):
     stack, x = make(TransformerStack, 3), states(2, 7, 24)
     assert torch.equal(stack(x), stack[2](stack[1](stack[0](x))))
@@ -336,6 +369,21 @@ def test_rotary_is_a_rotation_of_each_pair():
     assert_close(rotated.norm(dim=-1), x.norm(dim=-1), **SINGLE)
 
 
+def test_two_dimensional_rotary_turns_half_of_the_pairs_by_the_row_and_half_by_the_column():
+    """Heo et al. 2024, section 3.2: of the pairs (i, i + H/2), the first half by row theta^(-4i/H), the second by
+    column theta^(-4i/H)."""
+    rows, columns = torch.rand(9, dtype=torch.float64) * 10, torch.rand(9, dtype=torch.float64) * 10
+    x = states(2, 3, 9, 16)
+    turned = apply_rotary(x, *rotary_angles_2d(rows, columns, 16, 100.0, torch.float64))
+    pairs = torch.complex(x[..., :8], x[..., 8:])
+    for i in range(8):
+        place, step = (rows, i) if i < 4 else (columns, i - 4)
+        angle = place * 100.0 ** (-4 * step / 16)
+        expected = pairs[..., i] * torch.exp(1j * angle)
+        assert_close(turned[..., i], expected.real, **SINGLE)
+        assert_close(turned[..., i + 8], expected.imag, **SINGLE)
+
+
 def test_rotary_scores_depend_on_the_distance_alone():
     query, key = states(1, 1, 1, 16), states(1, 1, 1, 16)
 
@@ -357,158 +405,9 @@ def test_rotary_scores_depend_on_the_distance_alone():
         lambda: sinusoidal_encoding_2d(torch.arange(3), torch.arange(3), 6),
         lambda: LearnedPositions2D(3, 3, 7),
         lambda: rotary_angles(torch.arange(3)[None], 7),
+        lambda: rotary_angles_2d(torch.arange(3), torch.arange(3), 6),
     ],
 )
 def test_positions_refuse_sizes_that_do_not_divide(call):
     with pytest.raises(ValueError, match="[67]"):
         call()
-
-
-# ------------------------------------------------------------------------------------------ language-model loss
-
-
-def plain_cross_entropy(hidden_states, weight, targets):
-    return F.cross_entropy(hidden_states @ weight.T, targets)
-
-
-def loss_and_gradients(loss_function, hidden_states, weight, targets, **kwargs):
-    hidden_states, weight = hidden_states.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = loss_function(hidden_states, weight, targets, **kwargs)
-    (3 * loss).backward()  # a factor, so that the incoming gradient counts
-    return loss.detach(), hidden_states.grad, weight.grad
-
-
-@pytest.fixture
-def problem():
-    """Hidden states (M, D), head weights (V, D), and targets (M,) of which some are not scored."""
-
-    def problem(num_tokens=40, vocab_size=50, hidden_size=8):
-        targets = torch.randint(0, vocab_size, (num_tokens,))
-        targets[::5] = -100
-        return torch.randn(num_tokens, hidden_size), torch.randn(vocab_size, hidden_size), targets
-
-    return problem
-
-
-def test_linear_cross_entropy_is_cross_entropy_of_the_logits(problem):
-    hidden_states, weight, targets = problem()
-    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
-    expected = loss_and_gradients(plain_cross_entropy, hidden_states.double(), weight.double(), targets)
-    assert_close(actual, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
-
-
-def test_linear_cross_entropy_in_slices_is_the_same(problem):
-    """1,100 tokens of a vocabulary of 16,384 are more than one slice, and the last slice is a short one."""
-    hidden_states, weight, targets = problem(1100, 16384)
-    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
-    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
-    assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("num_items", [7, 7.0, torch.tensor(7)], ids=repr)
-def test_the_sum_of_losses_is_divided_by_num_items(problem, num_items):
-    hidden_states, weight, targets = problem()
-    loss = linear_cross_entropy(hidden_states, weight, targets, num_items)
-    assert_close(loss, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum") / 7)
-
-
-def test_a_number_of_items_of_zero_is_a_loss_of_zero(problem):
-    hidden_states, weight, targets = problem()
-    assert linear_cross_entropy(hidden_states, weight, torch.full_like(targets, -100), torch.tensor(0)) == 0
-    assert cross_entropy(hidden_states @ weight.T, torch.full_like(targets, -100), num_items=0) == 0
-
-
-def test_a_bias_is_part_of_the_head(problem):
-    hidden_states, weight, targets = problem()
-    biases = [torch.linspace(-1, 1, 50).requires_grad_() for _ in range(2)]
-    loss = linear_cross_entropy(hidden_states, weight, targets, bias=biases[0])
-    expected = F.cross_entropy(hidden_states @ weight.T + biases[1], targets)
-    assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    assert_close(biases[0].grad, biases[1].grad, rtol=1e-5, atol=1e-6)
-
-
-def test_small_gradients_survive_float16(problem):
-    """A loss scale reaches the backward pass only, so nothing may be divided before it."""
-    hidden_states, weight, targets = problem()
-    num_items = 2**19
-    _, *expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
-    hidden_states.requires_grad_(), weight.requires_grad_()
-    with torch.autocast("cpu", torch.float16):
-        loss = linear_cross_entropy(hidden_states, weight, targets, num_items)
-    (3 * loss).backward()
-    share = (targets != -100).sum() / num_items
-    for actual, whole in zip((hidden_states.grad, weight.grad), expected, strict=True):
-        assert (actual - whole * share).norm() < 0.01 * (whole * share).norm()
-
-
-def test_without_gradients_none_are_computed(problem, monkeypatch):
-    hidden_states, weight, targets = problem()
-    weight.requires_grad_()
-    monkeypatch.setattr(torch.Tensor, "addmm_", None)  # what gathers the weight's gradient
-    with torch.no_grad():
-        linear_cross_entropy(hidden_states, weight, targets)
-
-
-def test_a_second_derivative_is_refused(problem):
-    hidden_states, weight, targets = problem()
-    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight, targets)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(loss, hidden_states, create_graph=True)
-
-
-def test_another_ignore_index_is_honoured(problem):
-    hidden_states, weight, targets = problem()
-    actual = linear_cross_entropy(hidden_states, weight, targets.where(targets >= 0, 3), ignore_index=3)
-    assert_close(actual, F.cross_entropy(hidden_states @ weight.T, targets.where(targets >= 0, 3), ignore_index=3))
-
-
-def test_nothing_scored_is_a_loss_of_zero_and_gradients_of_zero(problem):
-    hidden_states, weight, targets = problem()
-    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states, weight, torch.full_like(targets, -100))
-    assert loss == 0
-    assert all((gradient == 0).all() for gradient in gradients)  # and so not NaN
-
-
-@pytest.mark.parametrize("frozen", ["hidden_states", "weight"])
-def test_a_frozen_side_gets_no_gradient_and_the_other_its_own(problem, frozen):
-    hidden_states, weight, targets = problem()
-    _, *expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
-    hidden_states.requires_grad_(frozen != "hidden_states")
-    weight.requires_grad_(frozen != "weight")
-    (3 * linear_cross_entropy(hidden_states, weight, targets)).backward()
-    if frozen == "weight":
-        assert weight.grad is None
-        assert_close(hidden_states.grad, expected[0], rtol=1e-5, atol=1e-6)
-    else:
-        assert hidden_states.grad is None
-        assert_close(weight.grad, expected[1], rtol=1e-5, atol=1e-6)
-
-
-def test_under_autocast_the_products_are_bfloat16_and_the_loss_float32(problem):
-    hidden_states, weight, targets = problem()
-    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
-    assert all(tensor.dtype == torch.float32 for tensor in actual)
-    assert_close(actual, expected, rtol=0.03, atol=0.01)
-    assert not torch.equal(actual[0], expected[0])
-
-
-def test_bfloat16_weights_get_bfloat16_gradients(problem):
-    hidden_states, weight, targets = problem()
-    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
-    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states.bfloat16(), weight.bfloat16(), targets)
-    assert loss.dtype == torch.float32
-    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
-    assert_close((loss, *gradients), expected, check_dtype=False, rtol=0.03, atol=0.01)
-
-
-def test_a_second_backward_pass_is_refused(problem):
-    """The gradients were made in the forward pass and are scaled in place: they can be handed out once."""
-    hidden_states, weight, targets = problem()
-    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight.requires_grad_(), targets)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()

@@ -11,6 +11,7 @@ from hf_models import (
     ZooBertForTokenClassification,
     ZooGPTForCausalLM,
     ZooGPTForSequenceClassification,
+    ZooViTBackbone,
     create_config,
     create_model,
     list_models,
@@ -41,6 +42,13 @@ PAPER = {
     "bert-medium": (41.4e6, 0.005),  # the table's 41.7M; its authors' release says 41.4M
     "bert-base": (110e6, 0.005),
     "bert-large": (340e6, 0.02),
+    # Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 (DeiT), table 1; He et al. 2022, whose encoder is the ViT.
+    # Counted there without the classifier.
+    "vit-tiny-patch16-224": (5e6, 0.11),  # printed without a decimal
+    "vit-small-patch16-224": (22e6, 0.02),
+    "vit-base-patch16-224": (86e6, 0.005),
+    "vit-large-patch16-224": (307e6, 0.015),
+    "vit-huge-patch14-224": (632e6, 0.005),
 }
 
 
@@ -48,9 +56,9 @@ PAPER = {
 def test_a_published_size_has_the_parameters_of_its_paper(name):
     published, tolerance = PAPER[name]
     counted = count_parameters(name)
-    if name.startswith("bert"):
+    if name.startswith(("bert", "vit")):
         with torch.device("meta"):
-            counted = create_model(name).bert.num_parameters()
+            counted = create_model(name).base_model.num_parameters()
     assert counted == pytest.approx(published, rel=tolerance)
 
 
@@ -64,10 +72,19 @@ def test_a_published_size_has_the_parameters_of_its_paper(name):
         ("gpt2-xl", 1_557_611_200),
         ("bert-base", 109_482_240 + 624_188),  # `BertModel` with its pooler, and the two heads
         ("bert-large", 335_141_888 + 1_084_220),
+        ("vit-tiny-patch16-224", 5_717_416),  # with the classifier of ImageNet's 1,000 classes
+        ("vit-small-patch16-224", 22_050_664),
+        ("vit-base-patch16-224", 86_567_656),
+        ("vit-base-patch32-224", 88_224_232),
+        ("vit-large-patch16-224", 304_326_632),
+        ("vit-huge-patch14-224", 632_045_800),
+        ("vit-mae-base-patch16-224", 111_907_840),
+        ("vit-mae-large-patch16-224", 329_541_888),
     ],
 )
 def test_the_released_models_are_met_to_the_parameter(name, exactly):
-    assert count_parameters(name) == exactly
+    with torch.device("meta"):
+        assert create_model(name, num_labels=1000).num_parameters() == exactly
 
 
 # Layers, width, heads, head size: Brown et al. 2020, table 2.1. 13B is 5120 wide, the table's 5140 being a misprint.
@@ -97,13 +114,39 @@ def test_gpt3_is_its_table(name):
 
 @pytest.mark.parametrize("name", [name for name in list_models() if create_config(name).hidden_size <= 1600])
 def test_every_name_takes_a_training_step(name):
-    """Cut to one layer, a short context and a small vocabulary."""
-    model = create_model(name, num_hidden_layers=1, vocab_size=32, max_position_embeddings=16).train()
-    tokens = torch.randint(1, 32, (1, 16))
-    asked = {"next_sentence_label": torch.tensor([0])} if hasattr(model, "nsp_head") else {}
-    loss = model(tokens, labels=tokens, **asked).loss
+    """Cut to one layer, a short context or a small image, and a small vocabulary."""
+    config = create_config(name)
+    if hasattr(config, "vocab_size"):
+        model = create_model(name, num_hidden_layers=1, vocab_size=32, max_position_embeddings=16).train()
+        tokens = torch.randint(1, 32, (1, 16))
+        given = {"input_ids": tokens, "labels": tokens}
+        given |= {"next_sentence_label": torch.tensor([0])} if hasattr(model, "nsp_head") else {}
+    else:
+        side = 2 * config.patch_size
+        decoder = {"decoder_num_hidden_layers": 1} if "mae" in name else {}
+        model = create_model(name, num_hidden_layers=1, image_size=side, **decoder).train()
+        given = {"pixel_values": torch.randn(1, config.num_channels, side, side)}
+        given |= {"labels": torch.tensor([1])} if hasattr(model, "classifier") else {}
+    loss = model(**given).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# Patches in a row, and pixels: Dosovitskiy et al. 2021, section 4.1, and this package's small ones.
+@pytest.mark.parametrize(
+    ("name", "grid", "pixels"),
+    [
+        ("vit-base-patch16-224", 14, 224),
+        ("vit-huge-patch14-224", 16, 224),
+        ("vit-large-patch32-224", 7, 224),
+        ("vit-mini-patch4-28", 7, 28),
+        ("vit-mini-patch4-32", 8, 32),
+        ("vit-mini-patch8-64", 8, 64),
+    ],
+)
+def test_a_name_says_patch_and_image_size(name, grid, pixels):
+    config = create_config(name)
+    assert (config.grid_size, config.image_size) == ((grid, grid), pixels)
 
 
 def test_every_name_names_its_source():
@@ -129,6 +172,8 @@ def test_a_name_can_be_changed_in_fields_and_class():
     assert (type(create_model("bert-tiny")), tagger.classifier.out_features) == (ZooBertForPreTraining, 5)
     assert create_config("bert-base", hidden_dropout_prob=0.1).hidden_dropout == 0.1
     assert create_config("gpt2-small", n_layer=3).num_hidden_layers == 3
+    backbone = create_model("vit-mini-patch4-32", ZooViTBackbone, out_features=["stage3"])
+    assert backbone(torch.randn(1, 3, 32, 32)).feature_maps[0].shape == (1, 192, 8, 8)
 
 
 def test_an_unknown_name_names_the_nearest():

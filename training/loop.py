@@ -111,6 +111,7 @@ def train(
     unit: str,
     row_length: int | None = None,
     monitor: str | None = None,
+    augment: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains until `args.max_steps`, from the newest sound checkpoint in the output folder if there is one.
 
@@ -123,6 +124,8 @@ def train(
         monitor: the measured value that says which evaluation was the best. Of one whose name ends in "loss",
             "perplexity" or "error" less is better, of any other more. The checkpoint of the best evaluation is kept,
             and after `args.patience` evaluations in a row without a better one the training ends.
+        augment: from a batch of `data`, once it is on the device, to the model's inputs. It draws nothing: random
+            numbers are in the batch.
 
     Returns:
         The model, with averaged weights where there is a moving average, and the values measured with these weights.
@@ -181,11 +184,11 @@ def train(
     results: dict[str, Any] = {}
     model.train()
     if isinstance(model, DistributedDataParallel):
-        settle_buckets(accelerator, model, data, data.batch(progress["step"], shares[0]))
+        settle_buckets(accelerator, model, data, data.batch(progress["step"], shares[0]), augment)
     while not has_ended():
         started, step = time.perf_counter(), progress["step"]
         learning_rate = set_learning_rate(args, optimizers, step)
-        losses, num_units = accumulate_gradients(args, accelerator, model, forward, data, step, shares)
+        losses, num_units = accumulate_gradients(args, accelerator, model, forward, data, step, shares, augment)
         loss, stops = sum_over_processes(accelerator, [sum(torch.stack(losses).tolist()), bool(stop)])
         if not math.isfinite(loss):
             refuse_non_finite(accelerator, args, step, shares, losses)
@@ -254,7 +257,7 @@ def set_learning_rate(args: RunArguments, optimizers: list[torch.optim.Optimizer
 
 
 def accumulate_gradients(
-    args, accelerator, model, forward, data: TrainingData, step: int, shares: list[range]
+    args, accelerator, model, forward, data: TrainingData, step: int, shares: list[range], augment=None
 ) -> tuple[list[Tensor], float]:
     """The gradient of the whole global batch, by one forward and backward pass for each of this process's shares.
 
@@ -267,12 +270,18 @@ def accumulate_gradients(
         torch.manual_seed(seed_from(args.seed, step, accelerator.process_index, number))
         is_last = number == len(batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batch = move(batch, accelerator.device, augment)
             loss = forward(**batch, num_items_in_batch=num_items).loss
             # Processes average their gradients, and the loss is a sum over the global batch.
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return losses, num_units
+
+
+def move(batch: dict[str, Tensor], device: torch.device, augment=None) -> dict[str, Tensor]:
+    """The batch on the device, as the model takes it."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return augment(batch) if augment else batch
 
 
 def count(
@@ -290,12 +299,14 @@ def count(
     return named if isinstance(counts[0], dict) else named["loss"], num_units
 
 
-def settle_buckets(accelerator: Accelerator, model: DistributedDataParallel, data: TrainingData, batch: dict):
+def settle_buckets(
+    accelerator: Accelerator, model: DistributedDataParallel, data: TrainingData, batch: dict, augment=None
+):
     """A backward pass for nothing, before the first step. After its first one DDP lays the gradients out anew, and
     among more than two processes their place decides the order of additions: without this, the first step after a
     resume would differ from the same step of an uninterrupted run in the last bits."""
     num_items, _ = count(accelerator, data, [batch])
-    batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+    batch = move(batch, accelerator.device, augment)
     accelerator.backward(model(**batch, num_items_in_batch=num_items).loss * 0)
     model.zero_grad()
 

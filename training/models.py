@@ -3,15 +3,56 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BaseImageProcessor,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
+)
+from transformers.image_utils import PILImageResampling
 
-from hf_models.zoo import check_fields, create_model
+from hf_models.zoo import check_fields, create_config, create_model, find_entry
 from training.arguments import parse_fields
 
 
 def is_checkpoint(name: str) -> bool:
     """Whether `--model` names a folder or Hub repository, and not a size of the zoo."""
     return "/" in name or Path(name).exists()
+
+
+def load_or_create(
+    name: str,
+    model_class: type[PreTrainedModel],
+    device: torch.device,
+    config: str | None,
+    fields: dict,
+    from_data: dict,
+    new_head: bool,
+) -> PreTrainedModel:
+    """A checkpoint, or a fresh model of the zoo.
+
+    Args:
+        config: fields to change, as `--config` takes them.
+        fields: more fields of the config.
+        from_data: fields of a fresh model.
+        new_head: whether a head of another size than the checkpoint's begins anew, or is refused.
+    """
+    given = parse_fields(config)
+    check_fields(model_class.config_class, given)
+    fields = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **fields, **given}
+    if not is_checkpoint(name):
+        return create_model(name, model_class, **{**from_data, **fields})
+    model, info = model_class.from_pretrained(
+        name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **fields
+    )
+    for key, *_ in sorted(info["mismatched_keys"]):  # these would begin anew
+        if not new_head or key.startswith(f"{model.base_model_prefix}."):
+            raise ValueError(f"config: {key} of {name} has another size; leave its size unchanged")
+    return model
 
 
 def create_text_model(
@@ -39,30 +80,20 @@ def create_text_model(
         ValueError: the zoo has no such name, the config no such field, or the checkpoint has another vocabulary, other
             sizes or fewer positions.
     """
-    given = parse_fields(config)
-    check_fields(model_class.config_class, given)
-    fields = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **fields, **given}
-    if is_checkpoint(name):
-        model, info = model_class.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **fields
+    from_data = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": num_tokens,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = load_or_create(name, model_class, device, config, fields, from_data, new_head)
+    size = model.config.vocab_size
+    if is_checkpoint(name) and (len(tokenizer) > size or not is_own_tokenizer(tokenizer, name)):
+        raise ValueError(
+            f"the tokenizer, of {len(tokenizer)} tokens, is not the one {name} was trained with, of {size}: "
+            f"give --tokenizer {name}"
         )
-        for key, *_ in sorted(info["mismatched_keys"]):  # these would begin anew
-            if not new_head or key.startswith(f"{model.base_model_prefix}."):
-                raise ValueError(f"config: {key} of {name} has another size; leave its size unchanged")
-        if len(tokenizer) > model.config.vocab_size or not is_own_tokenizer(tokenizer, name):
-            raise ValueError(
-                f"the tokenizer, of {len(tokenizer)} tokens, is not the one {name} was trained with, of "
-                f"{model.config.vocab_size}: give --tokenizer {name}"
-            )
-    else:
-        from_data = {
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": num_tokens,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        model = create_model(name, model_class, **{**from_data, **fields})
     if num_tokens > model.config.max_position_embeddings:
         raise ValueError(
             f"{length_option} {num_tokens} is more than the {model.config.max_position_embeddings} positions of "
@@ -77,3 +108,85 @@ def is_own_tokenizer(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> boo
         return AutoTokenizer.from_pretrained(checkpoint).get_vocab() == tokenizer.get_vocab()
     except (OSError, ValueError):
         return True
+
+
+# What a checkpoint's config calls the models that one of images can start from.
+IMAGE_MODELS = {"zoo_vit": ["zoo_vit", "vit", "zoo_vit_mae", "vit_mae"], "zoo_vit_mae": ["zoo_vit_mae", "vit_mae"]}
+
+
+def starting_config(name: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config of the checkpoint, or of the size of the zoo, that a model of images starts from.
+
+    Raises ValueError if there is none of that name, or it is of another family.
+    """
+    family = model_class.config_class.model_type
+    if not is_checkpoint(name):
+        if find_entry(name).config_class is not model_class.config_class:
+            kinds = "vit-mae-*" if family == "zoo_vit_mae" else "vit-*"
+            raise ValueError(f"--model {name} is no {model_class.__name__}: `python -m hf_models` lists them, {kinds}")
+        return create_config(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name} is no checkpoint that loads: {error}") from error
+    if config.model_type not in IMAGE_MODELS[family]:
+        known = ", ".join(IMAGE_MODELS[family])
+        raise ValueError(f"--model {name} is a {config.model_type!r}; a {model_class.__name__} starts from {known}")
+    return config
+
+
+def create_image_model(
+    name: str,
+    model_class: type[PreTrainedModel],
+    device: torch.device,
+    config: str | None = None,
+    label_names: list[str] | None = None,
+    **fields,
+) -> PreTrainedModel:
+    """A fresh model of the zoo for images, or a checkpoint to go on from: of the same family, or the encoder of a
+    masked autoencoder, ours or stock.
+
+    Args:
+        config: fields to change in the config, as `--config` takes them.
+        label_names: the classes; a head of another size than the checkpoint's begins anew.
+        **fields: more fields of the config. With another `image_size` than a checkpoint's, its positions are
+            interpolated.
+
+    Raises:
+        ValueError: there is no such model, the config no such field, or the checkpoint other sizes.
+    """
+    starting_config(name, model_class)
+    if label_names is not None:
+        fields["id2label"] = dict(enumerate(label_names))
+        fields["label2id"] = {label: number for number, label in enumerate(label_names)}
+        fields["problem_type"] = "single_label_classification"
+    return load_or_create(name, model_class, device, config, fields, {}, new_head=label_names is not None)
+
+
+def normalisation_of(name: str, num_channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of each channel that the checkpoint's image processor has; None if it has none."""
+    if not is_checkpoint(name):
+        return None
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return None
+    values = (processor.get(field, 0.5) for field in ("image_mean", "image_std"))  # 0.5: the default of a stock ViT
+    return tuple(value if isinstance(value, list) else [value] * num_channels for value in values)
+
+
+def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> BaseImageProcessor:
+    """What a pipeline prepares images with as the evaluation does: the shorter side resized to fit, the middle cut
+    out, every channel normalised."""
+    height, width = size
+    frame = {"height": height, "width": width}
+    is_square, is_grey = height == width, len(mean) == 1
+    return ViTImageProcessorPil(  # saved under the name that serves torchvision too
+        do_convert_rgb=len(mean) == 3,
+        size={"shortest_edge": height} if is_square else frame,
+        do_center_crop=is_square,
+        crop_size=frame,
+        resample=PILImageResampling.BICUBIC,
+        image_mean=mean[0] if is_grey else mean,  # a number: a pipeline makes a grey image three equal channels first
+        image_std=std[0] if is_grey else std,
+    )

@@ -37,12 +37,14 @@ def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:
     """What to multiply the learning rate of each parameter by, so that the layers nearer to the data, whose features
     are the more general, change less in fine-tuning (Howard & Ruder 2018, section 3.2).
 
-    The last depth has 1: what comes after the layers, as the final norm and the heads. Each `layers.i.` has
-    `layer_decay` times the scale of the layer above it, and what comes before the layers, the embeddings, once more.
+    The last depth has 1: what comes after the layers, as the final norm, the heads and an autoencoder's whole decoder.
+    Each `layers.i.` has `layer_decay` times the scale of the layer above it, and what comes before the layers, the
+    embeddings, once more.
 
     names: of all parameters, frozen ones too, in the order of the model. Raises ValueError if none is in a layer.
     """
-    layers = [int(found[2]) if (found := IN_LAYER.search(name)) else None for name in names]
+    found = [None if name.startswith("decoder.") else IN_LAYER.search(name) for name in names]
+    layers = [None if place is None else int(place[2]) for place in found]
     numbers = [number for number in layers if number is not None]
     if layer_decay != 1 and not numbers:
         raise ValueError("layer_decay finds no parameter under `layers.`: leave it at 1 for this model")

@@ -13,12 +13,20 @@ from training.arguments import one_line
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
+# What a run may draw, and what the picture shows.
+PICTURES = {
+    "curves.png": "Loss during training",
+    "confusion_matrix.png": "Confusion matrix: the classes of held-out images and what they were taken for",
+    "reconstructions.png": "Held-out images, what was left of them, and their reconstructions",
+}
+EXAMPLE = "example.png"  # an image for the snippet, in which its place is called EXAMPLE
+
 # A checkpoint is files beside each other, of these kinds. Whatever else a run leaves (checkpoints/ with the state of
 # the optimizer, locks, logs of trackers) is not for others.
-PUBLISHED = ["README.md", "*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "metrics.jsonl", "curves.png"]
+PUBLISHED = ["README.md", "*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "metrics.jsonl", EXAMPLE, *PICTURES]
 PRIVATE = ["*/*", "optimizer*", "*.lock"]  # "*/*": anything in a subfolder
 
-# For each task, how the result of `pipeline(task)` is used: the last line of a snippet.
+# For each task, how the result of `pipeline(task)`, or the model, is used: the last line of a snippet.
 USES = {
     "text-generation": 'print(generate("The ", max_new_tokens=50)[0]["generated_text"])',
     "fill-mask": 'print(fill(f"This is the {fill.tokenizer.mask_token} of the story.")[0]["sequence"])',
@@ -26,9 +34,16 @@ USES = {
     "text-pair-classification": 'print(classify({"text": "It is raining.", "text_pair": "The streets are dry."}))',
     "token-classification": 'print(tag("Ada Lovelace was born in London.", aggregation_strategy="first"))',
     "question-answering": 'print(model.answer(tokenizer, "Who was born?", "Ada was born in London.")[0].text)',
+    "image-classification": "print(classify(EXAMPLE))",
+    "image-reconstruction": 'print(model(**processor(EXAMPLE, return_tensors="pt")).loss)',
 }
 # The Hub's name of a task, where it has no finer one.
-PIPELINES = {"text-pair-classification": "text-classification"}
+PIPELINES = {"text-pair-classification": "text-classification", "image-reconstruction": "image-feature-extraction"}
+# Tasks that transformers 5 has no pipeline for: classes of the model and the processor, and a name for that.
+WITHOUT_PIPELINE = {
+    "question-answering": ("AutoModelForQuestionAnswering", "AutoTokenizer", "tokenizer"),
+    "image-reconstruction": ("AutoModelForPreTraining", "AutoImageProcessor", "processor"),
+}
 
 
 def snippet(source: str | Path, task: str = "text-generation") -> str:
@@ -36,17 +51,20 @@ def snippet(source: str | Path, task: str = "text-generation") -> str:
     if task not in USES:
         raise ValueError(f"no snippet for task {task!r}, only for {', '.join(USES)}")
     where = f"{_quote(source)}, trust_remote_code=True"
-    if task == "question-answering":  # transformers 5 has no such pipeline
+    if task in WITHOUT_PIPELINE:
+        model_class, processor_class, processor = WITHOUT_PIPELINE[task]
         lines = [
-            "from transformers import AutoModelForQuestionAnswering, AutoTokenizer",
-            f"model = AutoModelForQuestionAnswering.from_pretrained({where})",
-            f"tokenizer = AutoTokenizer.from_pretrained({where})",
+            f"from transformers import {', '.join(sorted([model_class, processor_class]))}",
+            f"model = {model_class}.from_pretrained({where})",
+            f"{processor} = {processor_class}.from_pretrained({where})",
         ]
     else:
         variable = USES[task].removeprefix("print(").split("(")[0]
         load = f"{variable} = pipeline({_quote(PIPELINES.get(task, task))}, model={where})"
         lines = ["from transformers import pipeline", load]
-    return "\n".join([*lines, USES[task]])
+    is_local = Path(source).exists()
+    example = f"{source}/{EXAMPLE}" if is_local else f"https://huggingface.co/{source}/resolve/main/{EXAMPLE}"
+    return "\n".join([*lines, USES[task].replace("EXAMPLE", _quote(example))])
 
 
 def write_card(output_dir: str | Path, source: str | None = None) -> Path:
@@ -77,7 +95,7 @@ def write_card(output_dir: str | Path, source: str | None = None) -> Path:
 
 
 def push(output_dir: str | Path, repo_id: str, private: bool = False) -> str:
-    """Uploads the checkpoint with its code, card, metrics and curves in one commit, and returns the repository's URL.
+    """Uploads the checkpoint with its code, card, metrics and pictures in one commit, and returns the repository's URL.
 
     The login is `hf auth login`'s or the environment's. Raises ValueError naming the repository if that fails.
     """
@@ -133,7 +151,7 @@ def _card_values(results: dict, folder: Path) -> dict[str, str | None]:
         "parameters": shown("parameters", "{:,}".format),
         "snippet": shown("snippet", lambda code: _fenced(code, "python")),
         "results": "\n".join(["| measured on held-out data | |", "|---|---|", *rows]) if rows else None,
-        "curves": "![Loss during training](curves.png)" if (folder / "curves.png").exists() else None,
+        "pictures": "\n\n".join(f"![{what}]({name})" for name, what in PICTURES.items() if (folder / name).exists()),
         "sample": shown("sample", lambda text: _fenced(text, "text")),
         "command": shown("command", lambda command: _fenced(command, "bash")),
         "recipe": results.get("recipe"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
+from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -104,6 +106,7 @@ def finish(
     *,
     task: str,
     data: dict[str, Any],
+    pictures: dict[str, Figure | Image] | None = None,
 ):
     """Makes the output folder a checkpoint that loads anywhere: weights, code, processor, card, curves, results.
 
@@ -111,6 +114,7 @@ def finish(
         processor: the tokenizer or image processor.
         task: the pipeline that the model is for.
         data: source, fingerprint and licence of the training data.
+        pictures: more than the curves, by the name of the file; see `publish.PICTURES`.
     """
     output_dir = Path(args.output_dir)
     tensors, _ = gather_training_state(model, [])
@@ -140,7 +144,9 @@ def finish(
             "snippet": code,
         }
         write_atomic(output_dir / "eval_results.json", json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
-        curves(output_dir / "metrics.jsonl").savefig(output_dir / "curves.png")
+        for name, picture in {"curves.png": curves(output_dir / "metrics.jsonl"), **(pictures or {})}.items():
+            save = picture.savefig if isinstance(picture, Figure) else picture.save
+            save(output_dir / name)
         write_card(output_dir)
         print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
         if args.push_to_hub:

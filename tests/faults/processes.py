@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,10 +32,20 @@ OPTIONS = {
     "log_every": 3,
     "mixed_precision": "no",
 }
-SCRIPTS = {  # what each needs besides; `data` is one of the files that Trainers writes
+SCRIPTS = {  # what each needs besides; `data` is one of those that Trainers writes; behind a dash, one of several ways
     "train_gpt": {"data": "text.txt", "tokenizer": "char", "context_length": 16, "sample_tokens": 8},
     "train_bert": {"data": "text.txt", "vocab_size": 200, "row_length": 32, "scored_rows": 1},
     "finetune_bert": {"data": "labelled.csv", "task": "classify", "model": "bert-tiny", "max_length": 32},
+    "train_vit": {
+        **{"data": "pictures", "model": "vit-mini-patch4-28", "image_size": 12, "num_workers": 1},
+        **{"crop_scale": 0.3, "translate": 1, "flip": 0.5, "rand_augment_ops": 1, "color_jitter": 0.2, "erasing": 0.2},
+        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+    },
+    "train_vit-mae": {
+        **{"data": "pictures", "objective": "mae", "model": "vit-mae-mini-patch4-28", "image_size": 12},
+        **{"num_workers": 0, "crop_scale": 0.3, "flip": 0.5},
+        "config": {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
+    },
 }
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -75,6 +86,12 @@ class Trainers:
         self.text.write_text("\n".join(lines))
         labelled = [f"{line},{'colour' if 'zebra' in line else 'grey'}" for line in lines]
         (folder / "labelled.csv").write_text("\n".join(["text,label", *labelled]))
+        for number in range(60):
+            picture = folder / "pictures" / ("light" if number % 2 else "dark") / f"{number}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            size = choose.randint(8, 30), choose.randint(8, 30)
+            shade = 128 * (number % 2) + choose.randint(0, 127)
+            Image.effect_noise(size, 50).point(lambda value, shade=shade: (value + shade) // 2).save(picture)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
             "HF_HOME": str(folder / "cache"),
@@ -93,7 +110,10 @@ class Trainers:
         self.count = 0
 
     def command(self, output_dir: Path, script: str = "train_gpt", dropout: float = 0.0, **options) -> list[str]:
-        model = {**MODEL, "hidden_dropout": dropout, "attention_dropout": dropout, **options.pop("config", {})}
+        model = {**MODEL, "hidden_dropout": dropout, "attention_dropout": dropout}
+        model |= {**SCRIPTS[script].get("config", {}), **options.pop("config", {})}
+        if script.startswith("train_vit"):
+            model["drop_path"] = dropout
         data = self.folder / SCRIPTS[script]["data"]
         options = {**OPTIONS, **SCRIPTS[script], "data": data, "output_dir": output_dir, **options}
         options["config"] = ",".join(f"{name}={value}" for name, value in model.items())
@@ -103,7 +123,9 @@ class Trainers:
         self, output_dir: Path, *hooks: str, env: dict | None = None, script: str = "train_gpt", **options
     ) -> Run:
         """A process of its own, forked from one that has made the imports. hooks: see trainer.py."""
-        return self.start_argv(["--script", script, *hooks, *self.command(output_dir, script, **options)], env)
+        return self.start_argv(
+            ["--script", script.split("-")[0], *hooks, *self.command(output_dir, script, **options)], env
+        )
 
     def start_argv(self, argv: list[str], env: dict | None = None) -> Run:
         folder = self._new_folder()

@@ -12,15 +12,18 @@ from tests.faults.processes import assert_same_result, checkpoint_names, childre
 # ---- signals ----
 
 
-@pytest.mark.parametrize("action", ["terminate", "interrupt"])
-def test_a_signal_saves_and_exits_with_code_0(trainers, uninterrupted, tmp_path, action):
-    stopped = trainers.run(tmp_path / "run", "--fault", f"{action}:step:9", dropout=0.1, expected=0)
+@pytest.mark.parametrize(
+    ("action", "script"), [("terminate", "train_gpt"), ("interrupt", "train_gpt"), ("interrupt", "train_vit")]
+)
+def test_a_signal_saves_and_exits_with_code_0(trainers, uninterrupted, tmp_path, action, script):
+    options = {"script": script, "dropout": 0.1}
+    stopped = trainers.run(tmp_path / "run", "--fault", f"{action}:step:9", **options, expected=0)
     name = {"terminate": "SIGTERM", "interrupt": "SIGINT"}[action]
     assert f"stopped by {name} after step 9; the same command goes on from there" in stopped.output
     assert checkpoint_names(tmp_path / "run") == ["step-000006", "step-000009"]
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    trainers.run(tmp_path / "run", dropout=0.1)
-    assert_same_result(tmp_path / "run", uninterrupted(0.1))
+    trainers.run(tmp_path / "run", **options)
+    assert_same_result(tmp_path / "run", uninterrupted(0.1, script))
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_in_the_same_step(trainers, tmp_path):

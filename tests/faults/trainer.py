@@ -165,6 +165,8 @@ def main(argv: list[str]):
 
 
 def serve():
+    for module in ("training.train_bert", "training.finetune_bert", "training.train_vit", "sklearn.linear_model"):
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

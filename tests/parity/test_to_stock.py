@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.families import every_family
+from tests.families import every_family, inputs_for
 
 # Options that no stock class has.
 OURS_ALONE = [
@@ -15,40 +15,41 @@ OURS_ALONE = [
     {"num_key_value_heads": 2},
     {"head_dim": 16},
     {"hidden_act": "swiglu"},
-    {"class_weights": [1.0, 2.0]},
+    {"num_labels": 2, "class_weights": [1.0, 2.0]},
+    {"layer_scale": 0.1},
 ]
 
 
 @every_family
 def test_it_keeps_dtype_and_mode(make_model, family):
-    ours = make_model(family.language_model).bfloat16()
+    ours = make_model(family.main_class).bfloat16()
     assert ours.to_stock().dtype == torch.bfloat16
     assert not ours.to_stock().training
     assert ours.train().to_stock().training
 
 
 @every_family
-def test_it_copies_the_weights(make_model, family, tokens):
+def test_it_copies_the_weights(make_model, family):
     """Training the stock copy leaves ours alone."""
-    ours = make_model(family.language_model)
-    before = ours(tokens).logits
+    ours, inputs = make_model(family.main_class), inputs_for(family.main_class)
+    before = ours(**inputs).logits
     with torch.no_grad():
         for parameter in ours.to_stock().parameters():
             parameter.add_(1)
-    assert torch.equal(ours(tokens).logits, before)
+    assert torch.equal(ours(**inputs).logits, before)
 
 
 @every_family
 @pytest.mark.parametrize("fields", OURS_ALONE, ids=str)
 def test_it_names_the_option_that_stock_lacks(make_model, family, fields):
-    (option,) = fields
+    *_, option = fields
     with pytest.raises(ValueError, match=option):
-        make_model(family.language_model, **fields).to_stock()
+        make_model(family.main_class, **fields).to_stock()
 
 
 @every_family
 def test_the_norm_stands_where_the_paper_has_it(make_model, family):
-    model_class = family.language_model
+    model_class = family.main_class
     other = {"pre": "post", "post": "pre"}[model_class.config_class().norm_position]
     with pytest.raises(ValueError, match="norm_position"):
         make_model(model_class, norm_position=other).to_stock()

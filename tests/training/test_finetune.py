@@ -335,10 +335,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(finetune, data, tmp_p
     finetune("classify", data["classify"], *options, folder="whole")
     step = loop.accumulate_gradients
 
-    def cut_off(args, accelerator, model, forward, data, number, shares):
+    def cut_off(args, accelerator, model, forward, data, number, *others):
         if number == 13:
             raise InterruptedError("cut off")
-        return step(args, accelerator, model, forward, data, number, shares)
+        return step(args, accelerator, model, forward, data, number, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "accumulate_gradients", cut_off)

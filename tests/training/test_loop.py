@@ -30,8 +30,12 @@ FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema
         ("train_gpt", "muon", [(1, 2), (2, 4), (2, 1)]),
         ("train_bert", "muon", [(2, 2)]),
         ("finetune_bert", "adamw", [(2, 2)]),
+        ("train_vit", "muon", [(2, 2)]),
+        ("train_vit-mae", "adamw", [(2, 2)]),
         pytest.param("train_gpt", "adamw", [(1, 2), (2, 4), (2, 1), (4, 2), (4, 1)], marks=pytest.mark.slow),
         pytest.param("train_gpt", "muon", [(4, 2), (4, 1)], marks=pytest.mark.slow),
+        pytest.param("train_vit", "muon", [(1, 2), (1, 4), (2, 4), (4, 2)], marks=pytest.mark.slow),
+        pytest.param("train_vit-mae", "muon", [(1, 1), (1, 4), (4, 1)], marks=pytest.mark.slow),
     ],
 )
 def test_fifty_steps_have_the_same_losses_however_the_batch_is_shared(trainers, tmp_path, script, optimizer, layouts):  # noqa: F811

@@ -11,6 +11,7 @@ from training.models import is_checkpoint
 from training.tasks import BENCHMARKS
 from training.train_bert import BertArguments
 from training.train_gpt import GPTArguments
+from training.train_vit import ViTArguments
 
 FOLDER = Path(__file__).parents[2] / "training" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -18,6 +19,8 @@ SCRIPTS = {  # by the beginning of a recipe's name
     "gpt": ("train_gpt", GPTArguments),
     "bert": ("train_bert", BertArguments),
     "finetune": ("finetune_bert", FineTuningArguments),
+    "vit": ("train_vit", ViTArguments),
+    "mae": ("train_vit", ViTArguments),
 }
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -71,11 +74,22 @@ def test_a_recipe_to_fine_tune_has_the_task_of_its_data(path):
     assert args.warmup_steps < args.eval_every
 
 
-def test_the_quickstart_recipe_says_what_the_script_does_without_one():
-    recipe = parse_arguments(GPTArguments, ["--recipe", str(FOLDER / "gpt-embedded.yaml"), "--output_dir", "runs/x"])
-    plain = parse_arguments(GPTArguments, ["--output_dir", "runs/x"])
+@pytest.mark.parametrize("name", ["gpt-embedded", "vit-digits"])
+def test_the_quickstart_recipe_says_what_the_script_does_without_one(name):
+    arguments = SCRIPTS[name.split("-")[0]][1]
+    recipe = parse_arguments(arguments, ["--recipe", str(FOLDER / f"{name}.yaml"), "--output_dir", "runs/x"])
+    plain = parse_arguments(arguments, ["--output_dir", "runs/x"])
     recipe.recipe = None
     assert recipe == plain
+
+
+def test_with_few_labels_both_beginnings_have_the_same_budget():
+    scratch, pretrained = (
+        vars(parse_arguments(ViTArguments, ["--recipe", str(FOLDER / f"vit-fashion-1percent{suffix}.yaml")]))
+        for suffix in ("", "-mae")
+    )
+    different = {name for name in scratch if scratch[name] != pretrained[name]}
+    assert different <= {"recipe", "output_dir", "model", "learning_rate", "layer_decay"}
 
 
 def test_our_character_model_has_no_more_parameters_and_sees_no_more_tokens_than_the_one_it_is_compared_with():
