@@ -55,7 +55,8 @@ def _vit(paper: str, layers: int, hidden: int, heads: int, patch: int, size: int
 
 
 def _mae(layers: int, hidden: int, heads: int, patch: int, size: int, **options) -> ZooEntry:
-    vit = _vit(MAE, layers, hidden, heads, patch, size, **options)
+    # Fixed positions, as in the paper's appendix A.1.
+    vit = _vit(MAE, layers, hidden, heads, patch, size, position_embedding_type="sinusoidal", **options)
     return ZooEntry(ZooViTMAEForPreTraining, ZooViTMAEConfig, vit.options, vit.paper)
 
 

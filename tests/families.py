@@ -82,8 +82,7 @@ VIT_OPTIONS = {
 }
 MAE_OPTIONS = {
     "mae": {},
-    "halves": {**VIT_OPTIONS["halves"], "mask_ratio": 0.5, "norm_pix_loss": False},
-    "modern": VIT_OPTIONS["modern"],
+    "modern": {**VIT_OPTIONS["modern"], "layer_scale": 0.1, "mask_ratio": 0.5, "norm_pix_loss": False},
 }
 
 

@@ -78,8 +78,8 @@ def test_a_published_size_has_the_parameters_of_its_paper(name):
         ("vit-base-patch32-224", 88_224_232),
         ("vit-large-patch16-224", 304_326_632),
         ("vit-huge-patch14-224", 632_045_800),
-        ("vit-mae-base-patch16-224", 111_907_840),
-        ("vit-mae-large-patch16-224", 329_541_888),
+        ("vit-mae-base-patch16-224", 111_655_680),  # without its fixed positions
+        ("vit-mae-large-patch16-224", 329_239_296),
     ],
 )
 def test_the_released_models_are_met_to_the_parameter(name, exactly):
