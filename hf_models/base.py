@@ -101,6 +101,13 @@ class TransformerConfig(PreTrainedConfig):
                 config_dict["position_embedding_type"] = "learned"
         return config_dict, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers would set overrides afterwards, when all has been derived and checked.
+        ours = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        overrides = {name: kwargs.pop(name) for name in ours | set(cls.attribute_map) if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)  # a stock config.json would rename the family, and its weight mapping with it
         for alias, field in self.attribute_map.items():

@@ -247,7 +247,7 @@ class DropPath(nn.Module):
     def forward(self, branch):
         if not self.training:
             return branch
-        keep = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - self.rate)
+        keep = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - self.rate)
         return branch * (keep / (1 - self.rate))
 
 

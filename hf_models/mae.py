@@ -136,7 +136,7 @@ class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
         """
         height, width = self.patch_grid(pixel_values)
         if noise is None:
-            noise = torch.rand(len(pixel_values), height * width, device=pixel_values.device)
+            noise = torch.rand(pixel_values.shape[0], height * width, device=pixel_values.device)
         visible, mask, ids_restore = random_masking(noise, self.config.num_visible(height * width))
         hidden_states, rotary = self.embed(pixel_values, interpolate_pos_encoding, visible)
         outputs = self.encode(hidden_states, rotary, **kwargs)
@@ -165,7 +165,7 @@ class MAEDecoder(nn.Module):
         hidden_states = self.embed(hidden_states)
         prefix, visible = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         num_masked = ids_restore.shape[1] - visible.shape[1]
-        patches = torch.cat((visible, self.mask_token.expand(len(visible), num_masked, -1)), dim=1)
+        patches = torch.cat((visible, self.mask_token.expand(visible.shape[0], num_masked, -1)), dim=1)
         patches = patches.take_along_dim(ids_restore[..., None], dim=1)  # to their places
         dtype, device = patches.dtype, patches.device
         patches = patches + self.positions.vectors(height, width, dtype, device)

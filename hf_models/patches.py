@@ -74,7 +74,7 @@ class ClassAndRegisterTokens(nn.Module):
         """(B, P, D) -> (B, T, D)."""
         prefix = [] if self.cls is None else [self.cls + class_position]
         prefix += [] if self.registers is None else [self.registers]
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
+        return torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], dim=1)
 
 
 class PatchPositions(nn.Module):
@@ -89,7 +89,7 @@ class PatchPositions(nn.Module):
         rows, columns = self.grid_size
         learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
         self.register_parameter("weight", learned if self.kind == "learned" else None)
-        self.halves = LearnedPositions2D(rows, columns, self.dim) if self.kind == "learned_2d" else None
+        self.halves = LearnedPositions2D(*self.counted, self.dim) if self.kind == "learned_2d" else None
 
     def class_vector(self):
         """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""
@@ -103,10 +103,8 @@ class PatchPositions(nn.Module):
             rows, columns = self.coordinates(height, width, device)
             return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
         if self.kind == "learned_2d":
-            grid = self.halves(*self.grid_size).flatten(0, 1)[None]
-        else:
-            grid = self.weight[:, int(self.has_class_token) :]
-        return resize_positions(grid, self.grid_size, (height, width))
+            return resize_positions(self.halves(*self.counted).flatten(0, 1)[None], self.counted, (height, width))
+        return resize_positions(self.weight[:, int(self.has_class_token) :], self.grid_size, (height, width))
 
     def rotations(self, height: int, width: int, num_prefix_tokens: int, dtype: torch.dtype, device):
         """Cosines and sines (1, 1, T, H / 2) for attention, or None; tokens before the patches do not turn."""

@@ -52,8 +52,9 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         position_embedding_type: `learned`, a vector for each patch (the paper); `learned_2d`, half a vector for each
             row and half for each column (the paper's appendix D.4); `sinusoidal` in two dimensions, fixed (Carion et
             al. 2020, appendix A.4); or `rotary` in two dimensions (Heo et al. 2024) with base `rope_theta`.
-        position_grid: rows and columns of patches that fixed and rotary positions count; another grid is laid over it.
-            Default: those of `image_size`. It stays as it was when a checkpoint is loaded with another `image_size`.
+        position_grid: rows and columns of patches that positions other than `learned` count; another grid is laid over
+            it. Default: those of `image_size`. It stays as it was when a checkpoint is loaded with another
+            `image_size`, for which `learned` positions are interpolated once and for all.
         stem_channels: widths of a convolutional stem in front of the patches, from fine to coarse, each at half the
             resolution of the one before (section 3.1, "Hybrid architecture"); [] for none.
         out_features, out_indices: of a backbone: the blocks whose output is wanted, "stage1" being the first.
@@ -276,7 +277,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         if visible is not None:
             patches = patches.take_along_dim(visible[..., None], dim=1)  # (B, K, D)
             if rotary is not None:
-                prefix = torch.arange(num_prefix_tokens, device=device).expand(len(visible), -1)
+                prefix = torch.arange(num_prefix_tokens, device=device).expand(visible.shape[0], -1)
                 places = torch.cat((prefix, visible + num_prefix_tokens), dim=1)[:, None, :, None]
                 rotary = tuple(angles.take_along_dim(places, dim=2) for angles in rotary)
         return self.dropout(self.tokens(patches, self.positions.class_vector())), rotary
@@ -396,23 +397,6 @@ class ResizePositions(ConversionOps):
         return Unchanged()
 
 
-class ResizeHalves(ConversionOps):
-    """The same for the rows' or the columns' half of positions in two dimensions, `axis` 0 or 1 of the grid."""
-
-    def __init__(self, axis: int):
-        self.axis = axis
-
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
-        (found,) = input_dict.values()
-        weight = found[0] if isinstance(found, list) else found
-        resized = resize_positions(weight[None], (len(weight), 1), (config.grid_size[self.axis], 1))
-        return {target_patterns[0]: resized[0]}
-
-    @property
-    def reverse_op(self):
-        return Unchanged()
-
-
 class Unchanged(ConversionOps):
     """What is saved of positions: as they are."""
 
@@ -445,7 +429,5 @@ VIT_RENAMINGS = [
         r"(?<!decoder\.)(?<!\w)positions\.weight",
         operations=[ResizePositions()],
     ),
-    WeightConverter(r"row_embeddings\.weight", r"row_embeddings\.weight", operations=[ResizeHalves(0)]),
-    WeightConverter(r"column_embeddings\.weight", r"column_embeddings\.weight", operations=[ResizeHalves(1)]),
 ]
 register_checkpoint_conversion_mapping(ZooViTConfig.model_type, VIT_RENAMINGS, overwrite=True)
