@@ -166,7 +166,7 @@ class MAEDecoder(nn.Module):
         prefix, visible = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         num_masked = ids_restore.shape[1] - visible.shape[1]
         patches = torch.cat((visible, self.mask_token.expand(visible.shape[0], num_masked, -1)), dim=1)
-        patches = patches.take_along_dim(ids_restore[..., None], dim=1)  # to their places
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[2]))  # to their places
         dtype, device = patches.dtype, patches.device
         patches = patches + self.positions.vectors(height, width, dtype, device)
         rotary = self.positions.rotations(height, width, self.num_prefix_tokens, dtype, device)

@@ -275,11 +275,11 @@ class ZooViTModel(ZooViTPreTrainedModel):
         patches = patches + self.positions.vectors(height, width, dtype, device)
         rotary = self.positions.rotations(height, width, num_prefix_tokens, dtype, device)
         if visible is not None:
-            patches = patches.take_along_dim(visible[..., None], dim=1)  # (B, K, D)
+            patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))  # (B, K, D)
             if rotary is not None:
                 prefix = torch.arange(num_prefix_tokens, device=device).expand(visible.shape[0], -1)
-                places = torch.cat((prefix, visible + num_prefix_tokens), dim=1)[:, None, :, None]
-                rotary = tuple(angles.take_along_dim(places, dim=2) for angles in rotary)
+                places = torch.cat((prefix, visible + num_prefix_tokens), dim=1)
+                rotary = tuple(angles[0, 0, places][:, None] for angles in rotary)  # (B, 1, prefix + K, H / 2)
         return self.dropout(self.tokens(patches, self.positions.class_vector())), rotary
 
     def encode(self, hidden_states, rotary, **kwargs) -> BaseModelOutputWithPooling:
