@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .layers import MultiHeadAttention, TransformerStack, make_norm
 from .losses import as_divisor
-from .patches import PatchPositions
+from .patches import PatchPositions, fit_channels
 from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
 
 
@@ -203,7 +203,7 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
 
     def normalized_pixels(self, pixel_values):
         """What the decoder is to paint, (B, P, p p C)."""
-        target = self.patchify(pixel_values)
+        target = self.patchify(fit_channels(pixel_values, self.config.num_channels))
         if self.config.norm_pix_loss:
             mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()

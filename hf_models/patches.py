@@ -16,6 +16,15 @@ from torch import nn
 from .layers import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
 
 
+def fit_channels(images, num_channels: int):
+    """Images (B, C, H, W) for a model of so many channels: colour becomes grey, its luminance (ITU-R BT.601), where the
+    model has one channel."""
+    if num_channels != 1 or images.shape[1] != 3:
+        return images
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
+    return torch.einsum("bchw,c->bhw", images, weights)[:, None]
+
+
 class StemConvolution(nn.Conv2d):
     """3 x 3, without a bias, since a norm follows."""
 

@@ -26,7 +26,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .base import TransformerConfig, ZooPreTrainedModel
 from .layers import TransformerStack, make_norm
 from .losses import classification_loss
-from .patches import ClassAndRegisterTokens, PatchEmbedding, PatchPositions, StemConvolution, resize_positions
+from .patches import (
+    ClassAndRegisterTokens,
+    PatchEmbedding,
+    PatchPositions,
+    StemConvolution,
+    fit_channels,
+    resize_positions,
+)
 
 
 def grid_of(image_size, patch_size) -> tuple[int, int]:
@@ -188,7 +195,7 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
     def patch_grid(self, pixel_values) -> tuple[int, int]:
         """Rows and columns of patches in images (B, C, H, W); raises a `ValueError` for any that do not fit."""
         size, channels = self.config.patch_size, self.config.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] not in (channels, 3 if channels == 1 else channels):
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}, but num_channels is {channels}, so it has to be "
                 f"(batch, {channels}, height, width): convert the images, or set num_channels"
@@ -246,7 +253,8 @@ class ZooViTModel(ZooViTPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values: (B, C, H, W), normalised as the image processor does.
+            pixel_values: (B, C, H, W), normalised as the image processor does. A model of grey images takes colour
+                too, (B, 3, H, W), as pipelines open every image.
             interpolate_pos_encoding: False refuses images of another size than `config.image_size`.
 
         Returns:
@@ -270,7 +278,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
                 f"an image of {tuple(pixel_values.shape[2:])} pixels, but image_size is {self.config.image_size}: "
                 "resize it, or leave out interpolate_pos_encoding=False"
             )
-        patches = self.patch_embed(pixel_values)  # (B, P, D)
+        patches = self.patch_embed(fit_channels(pixel_values, self.config.num_channels))  # (B, P, D)
         dtype, device, num_prefix_tokens = patches.dtype, patches.device, self.config.num_prefix_tokens
         patches = patches + self.positions.vectors(height, width, dtype, device)
         rotary = self.positions.rotations(height, width, num_prefix_tokens, dtype, device)

@@ -434,3 +434,12 @@ def test_a_model_is_compiled_for_each_image_size(make_vit):
     for shape in ((2, 3, 16, 16), (2, 3, 24, 12)):
         images = torch.randn(shape)
         assert_close(compiled(images).logits, model(images).logits, **SAME)
+
+
+def test_a_model_of_grey_images_takes_colour_as_its_luminance(make_vit):
+    """As pipelines open every image; the mean of normalised channels is the normalised mean."""
+    model = make_vit(num_channels=1)
+    grey, colour = torch.randn(2, 1, 16, 16), torch.randn(2, 3, 16, 16)
+    assert_close(model(grey.expand(-1, 3, -1, -1)).logits, model(grey).logits)
+    luminance = 0.299 * colour[:, :1] + 0.587 * colour[:, 1:2] + 0.114 * colour[:, 2:]
+    assert_close(model(colour).logits, model(luminance).logits)

@@ -31,15 +31,16 @@ from training.processes import micro_batches
 from training.results import finish
 
 QUICKSTART = {  # under three minutes on two CPU cores
-    "model": "vit-mini-patch2-8",
-    "max_steps": 1000,
+    "max_steps": 500,
     "global_batch_size": 64,
     "optimizer": "muon",
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "final_learning_rate": 0.0,
-    "warmup_steps": 50,
-    "eval_every": 250,
+    "warmup_steps": 30,
+    "ema_decay": 0.99,
+    "eval_every": 100,
 }
+MODELS = {"classify": "vit-mini-patch2-8", "mae": "vit-mae-mini-patch4-28"}  # where none is given
 # Options that `Augmentation` takes as they are.
 AUGMENTATION = ("translate", "flip", "rand_augment_ops", "rand_augment_magnitude", "color_jitter", "erasing", "mixup")
 AUGMENTATION += ("cutmix", "mix_probability", "label_smoothing")
@@ -64,9 +65,9 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
     num_workers: int = option(2, "processes of each trainer that decode image files", "images")
     eval_batch_size: int = option(256, "images of an evaluation batch", "images")
 
-    crop_scale: float | None = option(None, "least part of the area that a random crop keeps; None: no crop", "changes")
-    crop_ratio: float = option(4 / 3, "a random crop's longer side, as a multiple of the shorter, at most", "changes")
-    translate: int = option(1, "pixels to shift by, at most", "changes")
+    crop_scale: float | None = option(0.8, "least part of the area that a random crop keeps; None: no crop", "changes")
+    crop_ratio: float = option(1.2, "a random crop's longer side, as a multiple of the shorter, at most", "changes")
+    translate: int = option(0, "pixels to shift by, at most", "changes")
     flip: float = option(0.0, "probability of a mirror image", "changes")
     rand_augment_ops: int = option(0, "operations of RandAugment on an image", "changes")
     rand_augment_magnitude: float = option(9.0, "their magnitude, to 10", "changes")
@@ -79,6 +80,7 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
 
     def __post_init__(self):
         super().__post_init__()
+        self.model = self.model or MODELS[self.objective]
         for name, least in {"eval_batch_size": 1, "num_workers": 0, "crop_ratio": 1}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")

@@ -213,7 +213,6 @@ def test_the_image_processor_prepares_an_image_as_the_evaluation_does(size, num_
         torch.testing.assert_close(colours, expected.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.xfail(reason="a pipeline opens every image in colour, and a model of grey ones does not take it")
 @pytest.mark.parametrize("name", ["mae", "classify"])
 def test_the_last_printed_lines_load_the_result_and_use_it(runs, name):
     code = runs.printed[name].split("To use it:\n\n")[1]
