@@ -17,6 +17,7 @@ from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.text import is_local_main_process
 
 NUM_HELD_OUT = 1000
+ROWS_PER_SHARD = 2048
 
 
 def stream_images(
@@ -29,7 +30,7 @@ def stream_images(
     num_channels: int,
     decoder: Decoder,
     limit: BadImageLimit,
-    rows_per_shard: int = 2048,
+    rows_per_shard: int = ROWS_PER_SHARD,
 ) -> tuple["StreamedRows", EncodedRows, list[str], str | None, str]:
     """Training and validation images, names of the classes, licence, fingerprint of a `datasets.IterableDatasetDict`.
 

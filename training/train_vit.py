@@ -17,6 +17,7 @@ import hf_models
 from training.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
 from training.augment import Augmentation
 from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
+from training.image_stream import ROWS_PER_SHARD
 from training.image_validation import ClassValidation, ReconstructionValidation
 from training.images import ImageData, read_images
 from training.loop import identify, open_run, train
@@ -84,6 +85,8 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
         for name, least in {"eval_batch_size": 1, "num_workers": 0, "crop_ratio": 1}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.streaming and self.global_batch_size > ROWS_PER_SHARD:  # processes would wait for a shard not begun
+            raise ValueError(f"global_batch_size of a stream is at most {ROWS_PER_SHARD}, not {self.global_batch_size}")
         if not 0 < self.labelled_fraction <= 1:
             raise ValueError(f"labelled_fraction must be above 0 and at most 1, not {self.labelled_fraction}")
         for name in ("mixup", "cutmix", "label_smoothing"):

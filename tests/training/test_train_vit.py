@@ -261,6 +261,7 @@ def refuse(folder, monkeypatch, capsys, **options) -> str:
             {"cutmix": 1.0, "micro_batch_size": 1},
             "mixup and cutmix mix pairs, which range(0, 1) parts: make micro_batch_size even",
         ),
+        ({"streaming": True, "global_batch_size": 4096}, "global_batch_size of a stream is at most 2048, not 4096"),
         ({"labelled_fraction": 0}, "labelled_fraction must be above 0 and at most 1"),
         ({"objective": "mae", "mixup": 0.5}, "mixup changes labels, which --objective mae does not use"),
         ({"objective": "mae", "model": "vit-mini-patch4-28"}, "vit-mini-patch4-28 is no ZooViTMAEForPreTraining"),
