@@ -1,20 +1,15 @@
 """Images from a stream that is larger than the memory, or not yet here."""
 
 import functools
-import hashlib
-import json
-import time
-from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import constants
 
 from training.documents import fingerprint_of
-from training.files import write_atomic
 from training.image_files import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
-from training.text import is_local_main_process
+from training.shards import ShardFolder
 
 NUM_HELD_OUT = 1000
 ROWS_PER_SHARD = 2048
@@ -76,42 +71,23 @@ def stream_images(
     return StreamedRows(shards, None, **options), held_out, class_names, train.info.license or None, fingerprint
 
 
-class Shards:
-    """The images of a stream, undecoded, in files that are written as they arrive.
-
-    A shard holds `rows_per_shard` images, one behind the other, and never changes once it is there; the JSON file
-    beside it says where each of them ends, and their labels. Only the local main process writes, and keeps one shard
-    ahead; the others wait for the file. `rows_per_shard` must be no smaller than the global batch, so that no process
-    waits for a shard that nobody is about to write.
-    """
+class Shards(ShardFolder):
+    """The images of a stream, undecoded: a shard holds `rows_per_shard` of them, one behind the other, and the JSON
+    file beside it says where each of them ends, and their labels."""
 
     def __init__(
         self, dataset, source: str, fingerprint: str, image_column: str, label_of, *, rows_per_shard: int, timeout=600.0
     ):
         self.dataset, self.source, self.image_column, self.label_of = dataset, source, image_column, label_of
-        self.rows_per_shard, self.timeout, self.is_writer = rows_per_shard, timeout, is_local_main_process()
-        key = fingerprint_of(fingerprint, image_column, rows_per_shard, 1)
-        self.folder = Path(constants.HF_HOME) / "hf_models" / "images" / f"stream-{key[:32]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.found: list[dict] = []  # what the JSON file of each shard says
-        self.ends: list[int] = []  # images up to the end of each shard
+        self.rows_per_shard = rows_per_shard
         self.labels = np.zeros(0, np.int64)  # of all images so far
         self._rows = None  # the open stream, behind the last shard
         self._open = functools.lru_cache(maxsize=4)(self._map)
-        while self._find():
-            pass
+        key = fingerprint_of(fingerprint, image_column, rows_per_shard, 1)
+        super().__init__(Path(constants.HF_HOME) / "hf_models" / "images" / f"stream-{key[:32]}", timeout)
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self.found) and self.found[-1]["is_last"]
-
-    def shard_of(self, index: int) -> tuple[int, int]:
-        """A shard, and the number of its first image."""
-        shard = bisect_right(self.ends, index)
-        return shard, self.ends[shard - 1] if shard else 0
 
     def encoded(self, indices):
         images = []
@@ -125,52 +101,20 @@ class Shards:
     def name(self, index):
         return f"{self.source}, row {index + 1} of the stream"
 
-    def external_files(self) -> dict[str, dict]:
-        return {str(self._path(k)): {name: s[name] for name in ("size", "sha256")} for k, s in enumerate(self.found)}
-
-    def provide(self, count: int) -> None:
-        """Have the shards of the first `count` images; the writer, one more."""
-        deadline = time.monotonic() + self.timeout
-        while not self.has_ended and len(self.ends) <= bisect_left(self.ends, count) + self.is_writer:
-            if self._find():
-                deadline = time.monotonic() + self.timeout
-            elif self.is_writer:
-                self._write()
-            elif time.monotonic() > deadline:
-                path = self._path(len(self.found))
-                raise TimeoutError(f"{path} did not appear in {self.timeout:.0f} s: has the main process stopped?")
-            else:
-                time.sleep(0.1)
-
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:05d}.bin"
-
     def _map(self, shard: int) -> np.ndarray:
         if not self.found[shard]["size"]:
             return np.zeros(0, np.uint8)
-        return np.asarray(np.memmap(self._path(shard), np.uint8, mode="r"))
+        return np.asarray(np.memmap(self.path(shard), np.uint8, mode="r"))
 
-    def _find(self) -> bool:
-        """Take note of the next shard if it is there and whole."""
-        if self.has_ended:
-            return False
-        path = self._path(len(self.found))
-        try:
-            entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            if path.stat().st_size != entry["size"]:
-                return False
-        except (OSError, ValueError):
-            return False
-        self._add(entry)
-        self._rows = None  # another process, or an earlier one, wrote it: an open stream is now too far back
-        return True
-
-    def _add(self, entry: dict) -> None:
-        self.found.append(entry)
-        self.ends.append(len(self) + len(entry["ends"]))
+    def take_in(self, shard):
+        entry = self.found[shard]
         self.labels = np.concatenate([self.labels, np.array(entry["labels"], np.int64)])
+        return len(entry["ends"])
 
-    def _write(self) -> None:
+    def forget(self):
+        self._rows = None
+
+    def make_shard(self):
         if self._rows is None:
             self._rows = iter(self.dataset.skip(len(self)))
             self._next = next(self._rows, None)
@@ -187,13 +131,7 @@ class Shards:
             self._next = next(self._rows, None)
         if not contents:
             raise ValueError(f"{self.source}: the stream has no image to train on behind those that validate")
-        content = b"".join(contents)
-        digest = hashlib.sha256(content).hexdigest()
-        entry = {"ends": ends, "labels": labels, "size": size, "sha256": digest, "is_last": self._next is None}
-        path = self._path(len(self.found))
-        write_atomic(path, content)
-        write_atomic(path.with_suffix(".json"), json.dumps(entry))  # last: it says that the shard is whole
-        self._add(entry)
+        return b"".join(contents), {"ends": ends, "labels": labels, "is_last": self._next is None}
 
 
 class StreamedRows(EncodedRows):

@@ -62,8 +62,8 @@ def test_stopped_after_some_shards_a_stream_goes_on_without_loss(num_shards, tmp
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "other"))
     stopped, *_ = open_stream()
     while len(stopped.source.found) <= num_shards:
-        stopped.source._write()
-    stopped.source._path(num_shards).with_suffix(".json").unlink()  # as a kill between the two files leaves it
+        stopped.source.write_shard()
+    stopped.source.path(num_shards).with_suffix(".json").unlink()  # as a kill between the two files leaves it
     resumed, *_, again = open_stream()
     assert len(resumed.source.found) == num_shards and again == fingerprint
     assert np.array_equal(resumed.draw(0, 60, seed=0), drawn) and numbers_of(resumed, drawn) == expected

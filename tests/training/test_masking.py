@@ -374,7 +374,7 @@ def test_a_stream_gives_masked_rows_shard_by_shard(next_sentence, tmp_path, monk
 
     stream = open_stream()
     stream.rows(0, 500)
-    assert len(stream.shards()) > 5 and stream.num_rows < 300
+    assert len(stream.found) > 5 and stream.num_rows < 300
     all_rows = stream.rows(0, 2 * stream.num_rows)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "other"))
     resumed = open_stream()
@@ -382,7 +382,7 @@ def test_a_stream_gives_masked_rows_shard_by_shard(next_sentence, tmp_path, monk
         assert torch.equal(value, all_rows[name][40:140])
     if not next_sentence:
         text = np.concatenate(list(encode_documents(tokenizer, corpus.train)))
-        text = text[: sum(shard["num_rows"] for shard in stream._found) * 64]
+        text = text[: sum(shard["num_rows"] for shard in stream.found) * 64]
         for epoch in (0, 1):
             ids = unmasked(all_rows)[epoch * stream.num_rows : (epoch + 1) * stream.num_rows]
             assert sorted(words_of(ids.flatten().tolist())) == sorted(text[text != SEP])

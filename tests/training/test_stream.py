@@ -1,5 +1,6 @@
 import hashlib
 import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -35,7 +36,7 @@ def test_a_stream_gives_every_row_once_in_shards_of_arrival():
     assert list(corpus.validation) == LINES[:5] and next(iter(corpus.train)) == LINES[5]
     assert stream.num_rows is None
     stream.rows(0, 10)
-    assert len(stream.shards()) == 2  # one ahead
+    assert len(stream.found) == 2  # one ahead
     num_rows = (len(tokens) - 1) // 16
     stream.rows(0, num_rows + 1)
     assert stream.num_rows == num_rows
@@ -46,41 +47,42 @@ def test_a_stream_gives_every_row_once_in_shards_of_arrival():
             expected = [tokens[r * 16 : r * 16 + 17].tolist() for r in range(shard, min(shard + 10, num_rows))]
             assert sorted(got.tolist()) == sorted(expected)
     assert not torch.equal(stream.rows(0, num_rows)["input_ids"], batch["input_ids"])
-    for name, entry in stream.shards().items():
-        stored = (stream.folder / name).read_bytes()
-        assert entry == {"size": len(stored), "sha256": hashlib.sha256(stored).hexdigest()}
-        assert stream.external_files()[str(stream.folder / name)] == entry
+    files = stream.external_files()
+    assert len(files) == len(stream.found)
+    for path, record in files.items():
+        stored = Path(path).read_bytes()
+        assert record == {"size": len(stored), "sha256": hashlib.sha256(stored).hexdigest()}
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 7])
 def test_stopped_after_some_shards_a_stream_goes_on_without_loss(num_shards, tmp_path, monkeypatch):
     uninterrupted, *_ = open_stream()
     expected = uninterrupted.rows(0, 300)["input_ids"]
-    manifest = uninterrupted.shards()
+    manifest = uninterrupted.found
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "other"))
     stopped, *_ = open_stream()
-    while len(stopped.shards()) < num_shards:
-        stopped._write_shard()
+    while len(stopped.found) < num_shards:
+        stopped.write_shard()
     # As a kill between the two files leaves it, and in the middle of one.
     (stopped.folder / f"shard-{num_shards:05d}.bin").write_bytes(b"half")
     (stopped.folder / f"shard-{num_shards:05d}.bin.1.unfinished").write_bytes(b"ha")
     resumed, *_ = open_stream()
-    assert len(resumed.shards()) == num_shards
+    assert len(resumed.found) == num_shards
     assert torch.equal(resumed.rows(40, 260)["input_ids"], expected[40:])
     assert torch.equal(resumed.rows(0, 300)["input_ids"], expected)
-    assert resumed.shards() == manifest
+    assert resumed.found == manifest
     again, *_ = open_stream()
     assert again.num_rows == resumed.num_rows and torch.equal(again.rows(7, 9)["input_ids"], expected[7:16])
 
 
 def test_a_damaged_shard_is_written_again():
     stream, *_ = open_stream()
-    expected, manifest = stream.rows(0, 300)["input_ids"], stream.shards()
+    expected, manifest = stream.rows(0, 300)["input_ids"], stream.found
     (stream.folder / "shard-00003.bin").write_bytes(b"short")
     (stream.folder / "shard-00006.json").write_text("{")
     repaired, *_ = open_stream()
-    assert len(repaired.shards()) == 3
-    assert torch.equal(repaired.rows(0, 300)["input_ids"], expected) and repaired.shards() == manifest
+    assert len(repaired.found) == 3
+    assert torch.equal(repaired.rows(0, 300)["input_ids"], expected) and repaired.found == manifest
 
 
 def test_other_processes_wait_for_the_writer(monkeypatch):
@@ -109,7 +111,7 @@ def test_a_stream_may_end_at_any_place_in_a_shard(surplus):
     stream = StreamedTokens(corpus, tokenizer, 16, 0, rows_per_shard=10)
     stream.rows(0, 60)
     assert stream.num_rows == (target - 1) // 16
-    assert [s["num_rows"] for s in stream._found] == {-1: [10, 9], 0: [10, 10], 1: [10, 10], 16: [10, 10, 1]}[surplus]
+    assert [s["num_rows"] for s in stream.found] == {-1: [10, 9], 0: [10, 10], 1: [10, 10], 16: [10, 10, 1]}[surplus]
 
 
 def test_a_stream_shorter_than_the_context_or_without_a_tokenizer_is_refused():

@@ -1,0 +1,104 @@
+"""What has arrived of a stream, kept in files: every process, and a resumed run, reads the same from them."""
+
+import hashlib
+import json
+import time
+from bisect import bisect_left, bisect_right
+from pathlib import Path
+
+from training.files import write_atomic
+from training.text import is_local_main_process
+
+
+class ShardFolder:
+    """The shards of a stream, written to a folder as they arrive.
+
+    A shard never changes once it is there; a JSON file beside it, written last, says that it is whole, and what a
+    resumed run needs to know of it. Only the local main process writes, and keeps one shard ahead; the others wait for
+    the file. A shard must have at least as many rows as the global batch, or a process could wait for one that nobody
+    is about to write.
+
+    A subclass defines `make_shard`, `take_in` and `forget`, and calls this `__init__` last, since it takes note of
+    the shards that are there.
+
+    Args:
+        timeout: seconds to wait for a shard.
+    """
+
+    def __init__(self, folder: Path, timeout: float = 600.0):
+        self.folder, self.timeout, self.is_writer = folder, timeout, is_local_main_process()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.found: list[dict] = []  # what the JSON file of each shard says
+        self.ends: list[int] = []  # rows up to the end of each shard
+        while self._find():
+            pass
+
+    def make_shard(self) -> tuple[bytes, dict]:
+        """The content of the shard behind those found, and what to note of it: `is_last`, and what else is needed."""
+        raise NotImplementedError
+
+    def take_in(self, shard: int) -> int:
+        """Take in a shard that is there, the last of `found`, and say how many rows it has."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Close the stream: another process, or an earlier one, wrote a shard, so it is now too far back."""
+        raise NotImplementedError
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end of the stream has been seen."""
+        return bool(self.found) and self.found[-1]["is_last"]
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.bin"
+
+    def shard_of(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and the number of that shard's first row."""
+        shard = bisect_right(self.ends, row)
+        return shard, self.ends[shard - 1] if shard else 0
+
+    def external_files(self) -> dict[str, dict]:
+        """Path -> size in bytes and sha256 of every shard so far, for a checkpoint's manifest."""
+        return {str(self.path(k)): {name: s[name] for name in ("size", "sha256")} for k, s in enumerate(self.found)}
+
+    def provide(self, num_rows: int) -> None:
+        """Have the shards of the first `num_rows` rows; the writer, one more."""
+        deadline = time.monotonic() + self.timeout
+        while not self.has_ended and len(self.ends) <= bisect_left(self.ends, num_rows) + self.is_writer:
+            if self._find():
+                deadline = time.monotonic() + self.timeout
+            elif self.is_writer:
+                self.write_shard()
+            elif time.monotonic() > deadline:
+                path = self.path(len(self.found))
+                raise TimeoutError(f"{path} did not appear in {self.timeout:.0f} s: has the main process stopped?")
+            else:
+                time.sleep(0.1)
+
+    def write_shard(self) -> None:
+        content, notes = self.make_shard()
+        entry = {**notes, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        path = self.path(len(self.found))
+        write_atomic(path, content)
+        write_atomic(path.with_suffix(".json"), json.dumps(entry))  # last: it says that the shard is whole
+        self._add(entry)
+
+    def _find(self) -> bool:
+        """Take note of the next shard if it is there and whole."""
+        if self.has_ended:
+            return False
+        path = self.path(len(self.found))
+        try:
+            entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            if path.stat().st_size != entry["size"]:
+                return False
+        except (OSError, ValueError):
+            return False
+        self._add(entry)
+        self.forget()
+        return True
+
+    def _add(self, entry: dict) -> None:
+        self.found.append(entry)
+        self.ends.append((self.ends[-1] if self.ends else 0) + self.take_in(len(self.found) - 1))
