@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_models import ZooViTMAEForPreTraining
 from training.augment import Augmentation
@@ -20,6 +21,7 @@ from training.figures import confusion_matrix
 from training.image_rows import ImageRows
 from training.metrics import ImageClassification, load_metric
 from training.probe import features, knn_accuracy, linear_probe_accuracy
+from training.processes import take_turns
 
 
 class ImageValidation:
@@ -41,17 +43,15 @@ class ImageValidation:
 
     def batches(self) -> Iterator[tuple[np.ndarray, Tensor, bool]]:
         """For each batch of this process: its images' places, their normalised pixels on the device, and whether it
-        counts. A process without a batch in the last turn runs another's: under FSDP all must run."""
-        rank, num_turns = self.accelerator.process_index, self.accelerator.num_processes
+        counts (see `take_turns`)."""
         places = np.arange(len(self.rows))
         batches = [places[first : first + self.batch_size] for first in range(0, len(places), self.batch_size)]
-        turns = [batches[first : first + num_turns] for first in range(0, len(batches), num_turns)]
-        mine = [turn[min(rank, len(turn) - 1)] for turn in turns]
-        for number, chosen in enumerate(mine):
+        mine = list(take_turns(self.accelerator, batches))
+        for number, (chosen, counts) in enumerate(mine):
             pixels = self.rows.images(chosen, size=self.size).to(self.accelerator.device)
-            if number + 1 < len(mine):
-                self.rows.prefetch(mine[number + 1], size=self.size)
-            yield chosen, self.augmentation.normalize(pixels), rank < len(turns[number])
+            for upcoming, _ in mine[number + 1 : number + 2]:
+                self.rows.prefetch(upcoming, size=self.size)
+            yield chosen, self.augmentation.normalize(pixels), counts
 
     def pixels(self, count: int) -> Tensor:
         """The first of them, (B, C, H, W) uint8, as the model sees them."""
@@ -131,12 +131,9 @@ class ReconstructionValidation(ImageValidation):
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
         """Accuracies of the nearest neighbours and of a linear classifier by the encoder's features, and the run's
         pictures; on the main process, which gets a model of its own for that, whole and in float32."""
-        tensors, _ = gather_training_state(model, [])
-        if not self.accelerator.is_main_process:
+        whole = whole_copy(self.accelerator, model, ZooViTMAEForPreTraining)
+        if whole is None:
             return {}, {}
-        whole = ZooViTMAEForPreTraining(self.accelerator.unwrap_model(model, keep_torch_compile=False).config)
-        whole.load_state_dict(tensors["model"])
-        whole.to(self.accelerator.device).eval()
         measured, changes = {}, self.augmentation
         if self.labelled is not None:
             found = []
@@ -150,3 +147,16 @@ class ReconstructionValidation(ImageValidation):
         pixel_values = changes.normalize(drawn.to(self.accelerator.device)).cpu()
         picture = reconstructions(whole, pixel_values, self.noise[: len(drawn)], changes.mean, changes.std)
         return measured, {"reconstructions.png": picture, "example.png": self.example()}
+
+
+def whole_copy(
+    accelerator: Accelerator, model: nn.Module, model_class: type[PreTrainedModel]
+) -> PreTrainedModel | None:
+    """A model of the main process's own, not split and in float32, with this one's weights; None on the others. Every
+    process calls it."""
+    tensors, _ = gather_training_state(model, [])
+    if not accelerator.is_main_process:
+        return None
+    whole = model_class(accelerator.unwrap_model(model, keep_torch_compile=False).config)
+    whole.load_state_dict(tensors["model"])
+    return whole.to(accelerator.device).eval()

@@ -1,7 +1,7 @@
 """Rows with labels: batches of them in the order of training, the measures over those that validate."""
 
 import math
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from training.classification import Task
 from training.loop import seed_from
-from training.processes import on_main_process
+from training.processes import on_main_process, take_turns
 from training.text import IGNORED_LABEL
 
 # What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token
@@ -104,16 +104,14 @@ class Validation:
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
         """Every process takes every n-th batch; the measures are computed once, over all rows together."""
-        rank, device, size = self.accelerator.process_index, self.accelerator.device, self.batch_size
+        device, size = self.accelerator.device, self.batch_size
         batches = (self.order[first : first + size] for first in range(0, len(self.order), size))
         found = []
-        while turn := list(islice(batches, self.accelerator.num_processes)):
-            # A process without a batch in the last turn runs another's and does not count it: under FSDP all must run.
-            numbers = turn[min(rank, len(turn) - 1)]
+        for numbers, counts in take_turns(self.accelerator, batches):
             batch = self.data.collate([self.rows[number] for number in numbers])
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             outputs = model(**inputs, num_items_in_batch=1)
-            if rank < len(turn):
+            if counts:
                 predictions = self.task.predictions(outputs, batch)
                 found.append((float(outputs.loss), self.data.num_items(batch), numbers, predictions))
         found = gather_object(found)

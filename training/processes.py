@@ -2,8 +2,9 @@
 
 import os
 import signal
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,6 +14,8 @@ from accelerate.utils import broadcast_object_list, reduce
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from training.arguments import RunArguments, one_line
+
+Batch = TypeVar("Batch")
 
 LAUNCHER = os.getppid()  # read at the start, so that its end is noticed whenever it comes
 IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch` for its children
@@ -132,6 +135,14 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     if error is not None:
         raise ValueError(error)
     return result
+
+
+def take_turns(accelerator: Accelerator, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """This process's share of evaluation batches, every n-th, each with whether it counts. A process without a batch in
+    the last turn runs another's, which does not count: under FSDP all must run."""
+    batches, rank = iter(batches), accelerator.process_index
+    while turn := list(islice(batches, accelerator.num_processes)):
+        yield turn[min(rank, len(turn) - 1)], rank < len(turn)
 
 
 def sum_over_processes(accelerator: Accelerator, values: list) -> list[float]:

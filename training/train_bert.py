@@ -8,7 +8,6 @@ published run; `--help` lists every option. Rows are packed without padding, and
 """
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from training.loop import identify, open_run, train
 from training.masking import MaskedRows, masked_evaluation_rows
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
-from training.processes import on_main_process
+from training.processes import on_main_process, take_turns
 from training.results import finish
 from training.stream import StreamedTokens
 from training.text import IGNORED_LABEL, TokenCache, tokenize_documents
@@ -103,18 +102,16 @@ class Validation:
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
         """Losses and accuracies; every process takes every n-th batch."""
-        rank, device = self.accelerator.process_index, self.accelerator.device
-        batches, sums = self.batches(), []
-        while turn := list(islice(batches, self.accelerator.num_processes)):
-            # A process without a batch in the last turn runs another's and does not count it: under FSDP all must run.
-            batch = {name: tensor.to(device) for name, tensor in turn[min(rank, len(turn) - 1)].items()}
+        sums = []
+        for batch, counts in take_turns(self.accelerator, self.batches()):
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             labels, pairs = batch.pop("labels"), batch.pop("next_sentence_label", None)
             places = batch.pop("masked_positions")
             outputs = model(**batch, logits_to_keep=places)
             labels = labels.gather(1, places.clamp(min=0)).where(places >= 0, IGNORED_LABEL)
             found = count_correct(outputs[0], labels)
             found += (0.0, 0, 0) if pairs is None else count_correct(outputs.seq_relationship_logits, pairs)
-            if rank < len(turn):
+            if counts:
                 sums.append(found)
         for found in gather_object(sums):
             names = ("masked_nll_sum", "num_masked", "num_masked_correct", "pair_nll_sum", "num_pairs")

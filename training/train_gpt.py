@@ -9,7 +9,6 @@ and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or
 
 import time
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from training.documents import read_documents
 from training.loop import identify, open_run, train
 from training.metrics import LanguageModeling, load_metric
 from training.models import create_text_model
-from training.processes import on_main_process
+from training.processes import on_main_process, take_turns
 from training.results import finish
 from training.stream import StreamedTokens
 from training.text import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
@@ -85,14 +84,12 @@ class Validation:
     def measure(self, model) -> dict[str, Any]:
         """Loss, perplexity, bits per byte, speed and a sample; every process takes every n-th batch."""
         started = time.perf_counter()
-        rank, device = self.accelerator.process_index, self.accelerator.device
         batches = evaluation_rows(self.tokens, self.args.context_length, self.args.eval_batch_size, self.separator)
         sums = []
-        while turn := list(islice(batches, self.accelerator.num_processes)):
-            # A process without a batch in the last turn runs another's and does not count it: under FSDP all must run.
-            batch = {name: tensor.to(device) for name, tensor in turn[min(rank, len(turn) - 1)].items()}
+        for batch, counts in take_turns(self.accelerator, batches):
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             nll = model(**batch, num_items_in_batch=1, use_cache=False, return_logits=False).loss
-            if rank < len(turn):
+            if counts:
                 sums.append((float(nll), int((batch["shift_labels"] != IGNORED_LABEL).sum())))
         sums = gather_object(sums)
         for index, (nll, num_tokens) in enumerate(sums):
