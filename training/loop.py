@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,14 +36,15 @@ from training.run_folder import RunLock, check_identity, move_aside
 class TrainingData(Protocol):
     """What the loop asks of a train script's data."""
 
-    def batch(self, step: int, positions: range) -> dict[str, Tensor]:
-        """The model's inputs for these positions of the global batch of this step, on the CPU."""
+    def batch(self, step: int, positions: range) -> dict[str, Any]:
+        """The model's inputs for these positions of the global batch of this step, on the CPU: tensors, or lists and
+        dicts of tensors."""
 
-    def num_items(self, batch: dict[str, Tensor]) -> float | dict[str, float]:
+    def num_items(self, batch: dict[str, Any]) -> float | dict[str, float]:
         """What the summed loss of this batch is divided by, once it is summed over the global batch: scored tokens for
         a language model. A dict where the loss has several terms, each with a divisor of its own."""
 
-    def num_units(self, batch: dict[str, Tensor]) -> int:
+    def num_units(self, batch: dict[str, Any]) -> int:
         """What the throughput counts: tokens without padding, images, examples."""
 
     def external_files(self) -> dict[str, dict]:
@@ -111,7 +112,8 @@ def train(
     unit: str,
     row_length: int | None = None,
     monitor: str | None = None,
-    augment: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    rate_scales: dict[str, float] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains until `args.max_steps`, from the newest sound checkpoint in the output folder if there is one.
 
@@ -126,6 +128,7 @@ def train(
             and after `args.patience` evaluations in a row without a better one the training ends.
         augment: from a batch of `data`, once it is on the device, to the model's inputs. It draws nothing: random
             numbers are in the batch.
+        rate_scales: what to multiply the learning rate of a module by, by its name in the bare model.
 
     Returns:
         The model, with averaged weights where there is a moving average, and the values measured with these weights.
@@ -147,6 +150,7 @@ def train(
         betas=(args.beta1, args.beta2),
         matrix_learning_rate=args.matrix_learning_rate,
         layer_decay=args.layer_decay,
+        rate_scales=rate_scales,
     )
     model, *optimizers = accelerator.prepare(model, *optimizers)
     forward = torch.compile(model) if args.compile else model
@@ -271,21 +275,26 @@ def accumulate_gradients(
         is_last = number == len(batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             batch = move(batch, accelerator.device, augment)
-            loss = forward(**batch, num_items_in_batch=num_items).loss
+            try:
+                loss = forward(**batch, num_items_in_batch=num_items).loss
+            except ValueError as error:  # a detector matches nothing to a box that is not finite, and names the image
+                where = f"positions {shares[number].start}..{shares[number].stop - 1} of its global batch"
+                print_error(f"step {step + 1}, {where}: {one_line(error)}; nothing was saved")
+                raise SystemExit(3) from error
             # Processes average their gradients, and the loss is a sum over the global batch.
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return losses, num_units
 
 
-def move(batch: dict[str, Tensor], device: torch.device, augment=None) -> dict[str, Tensor]:
-    """The batch on the device, as the model takes it."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def move(batch: dict[str, Any], device: torch.device, augment=None) -> dict[str, Any]:
+    """The batch on the device, as the model takes it; its values are tensors, or lists and dicts of tensors."""
+    batch = send_to_device(batch, device, non_blocking=True)
     return augment(batch) if augment else batch
 
 
 def count(
-    accelerator: Accelerator, data: TrainingData, batches: list[dict[str, Tensor]]
+    accelerator: Accelerator, data: TrainingData, batches: list[dict[str, Any]]
 ) -> tuple[Tensor | dict[str, Tensor], float]:
     """What to divide the loss by, each term of it where it has several, and the number of units: of all batches of all
     processes. A term that nothing was counted for is 0, and is divided by 1."""

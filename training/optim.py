@@ -57,12 +57,25 @@ def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:
     return scales
 
 
+def module_scales(names: list[str], scales: dict[str, float]) -> dict[str, float]:
+    """What to multiply the learning rate of each parameter by, from that of modules by their names; 1 in none of them.
+
+    names: of all parameters, frozen ones too. Raises ValueError naming a module without a parameter.
+    """
+    found = {name: 1.0 for name in names}
+    for module, scale in scales.items():
+        if not (inside := [name for name in names if name.startswith(f"{module}.")]):
+            raise ValueError(f"the model has no parameter in {module!r}, whose learning rate was to be another")
+        found |= dict.fromkeys(inside, scale)
+    return found
+
+
 def parameter_groups(
     parameters: dict[str, nn.Parameter], weight_decay: float, learning_rate: float, scales: dict[str, float]
 ) -> list[dict]:
     """One group that decays, the matrices (embeddings among them), and one that does not: biases and norms' gains.
-    Those set a scale or an offset that a pull to zero only disturbs. Where the learning rate is scaled by layer, one
-    of each for every scale. Order follows the model."""
+    Those set a scale or an offset that a pull to zero only disturbs. Where the learning rate is scaled, one of each
+    for every scale. Order follows the model."""
     groups: dict[tuple, dict] = {}
     for is_matrix in (True, False):
         options = {"weight_decay": weight_decay if is_matrix else 0.0}
@@ -82,19 +95,23 @@ def create_optimizers(
     betas: tuple[float, float],
     matrix_learning_rate: float | None = None,
     layer_decay: float = 1.0,
+    rate_scales: dict[str, float] | None = None,
 ) -> list[Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
     "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated
     blocks (`layers.0.`, `layers.1.`, ...), never the embeddings or the head, and AdamW on the rest; Muon's updates
     are scaled so that `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
-    `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`.
+    `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`; `rate_scales` multiplies those of
+    whole modules, as {"model.backbone": 0.1}.
     Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
     """
     parameters = named_parameters(model)
     if not parameters:
         raise ValueError("the model has no trainable parameter: all of them are frozen")
-    scales = layer_scales([names[0] for names in parameter_names(model).values()], layer_decay)
+    names = [names[0] for names in parameter_names(model).values()]
+    of_modules = module_scales(names, rate_scales or {})
+    scales = {name: scale * of_modules[name] for name, scale in layer_scales(names, layer_decay).items()}
     matrices = {}
     if optimizer == "muon":
         matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and IN_LAYER.search(name)}

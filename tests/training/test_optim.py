@@ -99,6 +99,30 @@ def test_layer_decay_lowers_the_rate_from_each_layer_to_the_one_below(model, nam
     }
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_module_may_have_a_rate_of_its_own(model, name):
+    scales = {"layers": 0.5, "layers.1": 0.25}  # the later one wins
+    optimizers = create_optimizers(model, optimizer=name, rate_scales=scales, matrix_learning_rate=0.02, **OPTIONS)
+    rates = {id(p): group["initial_lr"] for one in optimizers for group in one.param_groups for p in group["params"]}
+    matrix_rate = 0.02 if name == "muon" else 0.01
+    assert {name: rates[id(parameter)] for name, parameter in named_parameters(model).items()} == {
+        "embed_tokens.weight": 0.01,
+        "layers.0.0.weight": matrix_rate / 2,
+        **dict.fromkeys(["layers.0.0.bias", "layers.0.1.weight", "layers.0.1.bias"], 0.01 / 2),
+        "layers.1.0.weight": matrix_rate / 4,
+        **dict.fromkeys(["layers.1.0.bias", "layers.1.1.weight", "layers.1.1.bias"], 0.01 / 4),
+    }
+    with pytest.raises(ValueError, match="no parameter in 'layer', whose learning rate was to be another"):
+        create_optimizers(model, optimizer=name, rate_scales={"layer": 0.1}, **OPTIONS)
+
+
+def test_rates_of_layers_and_of_modules_multiply(model):
+    options = {**OPTIONS, "layer_decay": 0.5, "rate_scales": {"layers.0": 0.1}}
+    (optimizer,) = create_optimizers(model, optimizer="adamw", **options)
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([0.01 / 40, 0.01 / 8, 0.01 / 2])
+
+
 def test_layer_decay_counts_frozen_layers_too(model):
     model.layers[1].requires_grad_(False)
     (optimizer,) = create_optimizers(model, optimizer="adamw", layer_decay=0.5, **OPTIONS)
