@@ -1,0 +1,386 @@
+"""DETR's loss: each true box is given to one prediction, and that prediction is held to it (Carion et al. 2020).
+
+assignment = argmin over one-to-one assignments of the sum of cost(box, prediction)                       (equation 1)
+cost       = class_cost * class term + bbox_cost * |b - b'|_1 - giou_cost * GIoU(b, b')
+loss       = the same terms for the pairs found, and "no object" for the predictions left over            (equation 2)
+
+All layers and images are computed at once. The costs, and the checks of what went into them, go to the host in one
+transfer; nothing else waits for the device. A box is (centre x, centre y, width, height) in fractions of the image; it
+may reach out of the image, have no area or be there twice: each counts like any other. Of an image with more boxes
+than queries, as many boxes are found as there are queries, those that fit best.
+
+    L  decoder layers    B  images     Q  queries                     C  classes
+    M  most boxes of an image, at least 1                              G  groups of denoising queries
+
+`config` is a `ZooDetrConfig` (see `detr.py`).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .losses import as_divisor
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # Lin et al. 2017, section 5.1
+VARIFOCAL_ALPHA, VARIFOCAL_GAMMA = 0.75, 2.0  # Zhang et al. 2021, section 5
+
+
+# ------------------------------------------------------------------------------------------------------------- boxes
+
+
+def corners(boxes):
+    """(..., 4) as (centre x, centre y, width, height) -> (x0, y0, x1, y1)."""
+    x, y, width, height = boxes.unbind(-1)
+    sides = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+    return sides.movedim(0, -1)  # each side in a row in memory: `generalized_iou` takes them one by one
+
+
+def generalized_iou(a, b):
+    """GIoU and IoU of boxes (x0, y0, x1, y1), each with each as (..., 4) broadcasts (Rezatofighi et al. 2019).
+
+    IoU is intersection over union; GIoU is less by the part of the smallest box around both that neither covers: -1..1.
+    Two boxes without area have an IoU of 0, and without any box around them that part is 0 too.
+    """
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
+    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    intersection = width * height
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
+    around = (torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)) * (torch.maximum(ay1, by1) - torch.minimum(ay0, by0))
+    least = torch.finfo(union.dtype).tiny  # so that neither the quotient nor its gradient overflows
+    iou = intersection / union.where(union > least, 1)
+    return iou - (around - union) / around.where(around > least, 1), iou
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+class Targets(NamedTuple):
+    """The true boxes of a batch, padded to one number M.
+
+    classes (B, M) int64; boxes (B, M, 4) float32; is_box (B, M) bool, False where padded. The padding is a sound box,
+    so that what is computed of it is finite. On the host: the number of boxes of each image, and each `image_id`.
+    """
+
+    classes: torch.Tensor
+    boxes: torch.Tensor
+    is_box: torch.Tensor
+    counts: list[int]
+    image_ids: list[Any]
+
+    def name(self, image: int) -> str:
+        """How an error calls an image."""
+        image_id = self.image_ids[image]
+        if isinstance(image_id, torch.Tensor):
+            image_id = image_id.flatten().tolist()
+            image_id = image_id[0] if len(image_id) == 1 else image_id
+        return f"labels[{image}]" + ("" if image_id is None else f" (image_id {image_id})")
+
+
+def check_labels(labels, num_labels: int):
+    """Raises a `ValueError`, naming the image, unless every label holds `class_labels` (n,), whole numbers from 0 to
+    `num_labels` - 1, and `boxes` (n, 4), finite. To look at values on a device is to wait for it: `match` does that."""
+    for image, label in enumerate(labels):
+        missing = [name for name in ("class_labels", "boxes") if name not in label]
+        if missing:
+            raise ValueError(f"labels[{image}] has no {missing[0]!r}, only {sorted(label)}")
+        classes, boxes = label["class_labels"], label["boxes"]
+        if len(classes) == len(boxes) == 0:
+            continue
+        if classes.ndim != 1 or boxes.shape != (len(classes), 4) or classes.is_floating_point():
+            raise ValueError(
+                f"labels[{image}] (image_id {label.get('image_id')}): class_labels must be (n,) whole numbers and "
+                f"boxes (n, 4), not {classes.dtype} {tuple(classes.shape)} and {tuple(boxes.shape)}"
+            )
+    if labels[0]["boxes"].device.type == "cpu":
+        targets = pad_labels(labels)
+        refuse_labels(check_targets(targets, num_labels), targets)
+
+
+def pad_labels(labels, device=None) -> Targets:
+    """A list of {"class_labels" (n,), "boxes" (n, 4), optionally "image_id"} as `Targets`, on the device of the boxes
+    or another one."""
+    counts = [len(label["class_labels"]) for label in labels]
+    numbers, column = torch.tensor(counts)[:, None], torch.arange(max(1, *counts))
+    rows = (numbers.cumsum(0) - numbers + column).where(column < numbers, sum(counts))  # the last row is the padding
+    given = labels[0]["boxes"].device
+    padding_class, padding_box = torch.zeros(1, dtype=torch.long, device=given), torch.full((1, 4), 0.5, device=given)
+    classes = torch.cat([*(label["class_labels"].long() for label in labels), padding_class])
+    boxes = torch.cat([*(label["boxes"].float().reshape(-1, 4) for label in labels), padding_box])
+    device = given if device is None else torch.device(device)
+    rows, classes, boxes = (send(tensor, device) for tensor in (rows, classes, boxes))
+    return Targets(classes[rows], boxes[rows], rows < sum(counts), counts, [label.get("image_id") for label in labels])
+
+
+def send(tensor, device: torch.device):
+    """To the device, without waiting for what it is doing."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def count_items(labels, config) -> dict[str, float]:
+    """What the summed loss of these labels is divided by: {"boxes": their number, "class_weights": the sum of the
+    weights of all queries' classes}, plain numbers that add up over micro-batches and processes."""
+    return _count([len(label["class_labels"]) for label in labels], config)
+
+
+def _count(counts, config):
+    matched = [min(count, config.num_queries) for count in counts]
+    left_over = sum(config.num_queries - count for count in matched)
+    return {"boxes": sum(counts), "class_weights": sum(matched) + config.no_object_weight * left_over}
+
+
+# ---------------------------------------------------------------------------------------------------------- matching
+
+
+@torch.no_grad()
+def match(predictions, targets: Targets, config) -> list[torch.Tensor]:
+    """The cheapest one-to-one assignment of boxes to queries, for each layer and image on its own.
+
+    Args:
+        predictions: pairs of logits (L, B, Q, C + 1) and boxes (L, B, Q, 4): the decoder's, and where queries are
+            selected the encoder's proposals, with another L and Q.
+
+    Returns:
+        for each pair (L, B, Q) int64: which box of its image a query is to predict, or -1 for none.
+
+    Raises:
+        ValueError: a prediction or a label is not finite, or a label is no class or box; it names the image.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("the loss of DETR matches boxes with scipy: pip install scipy") from error
+    device, num_images = targets.boxes.device, len(targets.counts)
+    tensors = [check_targets(targets, predictions[0][0].shape[-1] - 1)]
+    for logits, boxes in predictions:
+        if logits.shape[1] != num_images:
+            raise ValueError(f"{num_images} labels for {logits.shape[1]} images: give one dict for each image")
+        costs = matching_cost(logits, boxes, targets, config)
+        # A sum is finite if all its parts are, and takes a fraction of the time that looking at each part does.
+        is_finite = torch.isfinite(logits.sum((2, 3), dtype=torch.float32) + costs.sum((2, 3)))
+        tensors += [is_finite, costs]
+    sizes = [tensor.numel() for tensor in tensors]
+    on_host = torch.cat([tensor.flatten().float() for tensor in tensors]).cpu().split(sizes)  # the one transfer
+    is_sound, *rest = (part.view(tensor.shape).numpy() for part, tensor in zip(on_host, tensors, strict=True))
+    refuse_labels(is_sound, targets)
+    refuse_predictions(rest[::2], targets)
+    assignments = []
+    for costs in rest[1::2]:
+        assignment = np.full((*costs.shape[:2], costs.shape[3]), -1)
+        for layer, image in np.ndindex(costs.shape[:2]):
+            boxes, queries = linear_sum_assignment(costs[layer, image, : targets.counts[image]])
+            assignment[layer, image, queries] = boxes
+        assignments.append(torch.from_numpy(assignment))
+    flat = send(torch.cat([assignment.flatten() for assignment in assignments]), device)
+    parts = flat.split([assignment.numel() for assignment in assignments])
+    return [part.view(assignment.shape) for part, assignment in zip(parts, assignments, strict=True)]
+
+
+def matching_cost(logits, boxes, targets: Targets, config):
+    """What it costs that a box is predicted by a query, (L, B, M, Q) in float32, of an image's own boxes only.
+
+    The class term is minus the class's probability (Carion et al. 2020, section 3.1), or where each class is a yes or
+    no of its own, what focal loss would change (Zhu et al. 2021)."""
+    logits, boxes = logits.float(), boxes.float()
+    classes = targets.classes.clamp(0, logits.shape[-1] - 2)  # a wrong one is named after the transfer
+    classes = classes[None, :, None].expand(*logits.shape[:3], -1)
+    if config.classification_loss == "cross_entropy":
+        class_cost = -logits.softmax(-1).gather(-1, classes)  # (L, B, Q, M)
+    else:
+        logits = logits.gather(-1, classes)
+        yes, no = logits.sigmoid(), (-logits).sigmoid()
+        class_cost = FOCAL_ALPHA * no**FOCAL_GAMMA * F.softplus(-logits)  # softplus(-x) = -log sigmoid(x)
+        class_cost = class_cost - (1 - FOCAL_ALPHA) * yes**FOCAL_GAMMA * F.softplus(logits)
+    distance = torch.cdist(targets.boxes[None], boxes, p=1)
+    overlap, _ = generalized_iou(corners(targets.boxes)[None, :, :, None], corners(boxes)[:, :, None])
+    return config.bbox_cost * distance - config.giou_cost * overlap + config.class_cost * class_cost.mT
+
+
+def check_targets(targets: Targets, num_labels: int):
+    """Which boxes are sound, and which classes: (2, B) bool."""
+    boxes, classes = targets.boxes, targets.classes
+    are_boxes = ((boxes.abs() < 1e6).all(-1) & (boxes[..., 2:] >= 0).all(-1)).all(-1)  # comparing NaN gives False
+    return torch.stack([are_boxes, ((classes >= 0) & (classes < num_labels)).all(-1)])
+
+
+def refuse_labels(is_sound, targets: Targets):
+    """Raises a `ValueError` that names the first image whose labels `check_targets` found wrong."""
+    for image, (are_boxes, are_classes) in enumerate(is_sound.T):
+        if not are_boxes:
+            raise ValueError(
+                f"{targets.name(image)}: boxes must be finite fractions (centre x, centre y, width, height) with sides "
+                f"of at least 0, not {targets.boxes[image, : targets.counts[image]].tolist()}"
+            )
+        if not are_classes:
+            raise ValueError(
+                f"{targets.name(image)}: class_labels {targets.classes[image, : targets.counts[image]].tolist()} are "
+                "not all from 0 to num_labels - 1: count classes from 0, or set num_labels"
+            )
+
+
+def refuse_predictions(is_sound, targets: Targets):
+    """Raises a `ValueError` that names the first layer and image whose prediction is not finite."""
+    for source, sound in zip(("decoder layer {}", "the encoder's proposals"), is_sound, strict=False):
+        for layer, image in np.argwhere(sound == 0):
+            raise ValueError(
+                f"the prediction of {source.format(layer)} for the image of {targets.name(image)} is NaN or infinite "
+                "(its labels are sound): the model has diverged or the image is not finite; try a lower learning rate"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+def detection_loss(predictions, targets: Targets, config, num_items=None, denoising=None):
+    """The loss of all layers, auxiliary ones included, and its terms.
+
+    Args:
+        predictions: as for `match`.
+        num_items: {"boxes": ..., "class_weights": ...}, what the sums are divided by, of the whole global batch (see
+            `count_items`); by default those of `targets`.
+        denoising: logits (L, B, G M, C + 1), boxes (L, B, G M, 4) and assignment (B, G M) of `denoising_queries`, if
+            there are any.
+
+    Returns:
+        the loss, and a dict of its terms under transformers' names: "loss_ce", "loss_bbox", "loss_giou" and
+        "cardinality_error" of the last layer, with "_0", "_1", ... of those before, "_encoder" and "_denoising".
+    """
+    num_items = num_items or _count(targets.counts, config)
+    coefficients = {
+        "loss_ce": config.class_loss_coefficient,
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+    }
+    parts = []  # (which suffix each layer has, its terms)
+    for source, (logits, boxes), assignment in zip(
+        ("decoder", "encoder"), predictions, match(predictions, targets, config), strict=False
+    ):
+        terms = set_loss(logits, boxes, assignment, targets, config, num_items)
+        if source == "decoder":
+            terms["cardinality_error"] = cardinality_error(logits, targets)
+            parts.append(([*(f"_{layer}" for layer in range(len(logits) - 1)), ""], terms))
+        else:
+            parts.append((["_encoder"], terms))
+    if denoising is not None:
+        logits, boxes, assignment = denoising
+        num_groups = assignment.shape[1] // targets.classes.shape[1]
+        assignment = assignment.expand(len(logits), -1, -1)
+        divisors = dict.fromkeys(("boxes", "class_weights"), num_items["boxes"] * num_groups)
+        terms = set_loss(logits, boxes, assignment, targets, config, divisors, no_object=False)
+        parts.append((["_denoising"], {name: term.sum(0, keepdim=True) for name, term in terms.items()}))
+    loss = sum(coefficients[name] * terms[name].sum() for _, terms in parts for name in coefficients)
+    loss_dict = {
+        name + suffix: value
+        for suffixes, terms in parts
+        for name, term in terms.items()
+        for suffix, value in zip(suffixes, term.detach(), strict=True)
+    }
+    return loss, loss_dict
+
+
+def set_loss(logits, boxes, assignment, targets: Targets, config, num_items, no_object: bool = True):
+    """The three terms of each layer, {"loss_ce", "loss_bbox", "loss_giou"}: (L,) in float32.
+
+    Args:
+        logits, boxes, assignment: (L, B, Q, C + 1), (L, B, Q, 4), (L, B, Q), as for `match`.
+        num_items: what the sums are divided by: "class_weights" the cross-entropy, "boxes" all others. 0 counts as 1.
+        no_object: whether a query that is given no box is to learn that there is none; else it is left out.
+    """
+    logits, boxes = logits.float(), boxes.float()
+    is_matched, box = assignment >= 0, assignment.clamp(min=0)
+    true_classes = targets.classes[None].take_along_dim(box, dim=2)  # (L, B, Q)
+    true_boxes = targets.boxes[None].take_along_dim(box[..., None], dim=2)  # (L, B, Q, 4)
+    giou, iou = generalized_iou(corners(boxes), corners(true_boxes))
+    if config.classification_loss == "cross_entropy":
+        weight = torch.where(is_matched, 1.0, config.no_object_weight if no_object else 0.0)
+        true_classes = true_classes.where(is_matched, logits.shape[-1] - 1)
+        class_loss = F.cross_entropy(logits.flatten(0, 2), true_classes.flatten(), reduction="none")
+        class_loss = class_loss.view_as(weight) * weight
+        class_divisor = "class_weights"
+    else:
+        quality = iou.detach() if config.classification_loss == "varifocal" else None
+        class_loss = binary_class_loss(logits[..., :-1], true_classes.where(is_matched, -1), quality)
+        class_loss = class_loss if no_object else class_loss * is_matched
+        class_divisor = "boxes"
+    sums = {
+        "loss_ce": (class_loss, class_divisor),
+        "loss_bbox": ((boxes - true_boxes).abs().sum(-1).where(is_matched, 0), "boxes"),
+        "loss_giou": ((1 - giou).where(is_matched, 0), "boxes"),
+    }
+    divisors = {  # a number stays one: to send it to the device is to wait for it
+        name: as_divisor(number, boxes.device) if isinstance(number, torch.Tensor) else number or 1
+        for name, number in num_items.items()
+    }
+    return {name: losses.sum((1, 2)) / divisors[divisor] for name, (losses, divisor) in sums.items()}
+
+
+def binary_class_loss(logits, classes, quality=None):
+    """A yes or no for each class, summed over the classes; the easy ones count little.
+
+    Args:
+        logits: (..., C).
+        classes: (...), class ids, or -1 where no class is right.
+        quality: (...), how well the box fits, 0..1, for the right class's score to predict: varifocal loss (Zhang et
+            al. 2021). Without it, 1: focal loss (Lin et al. 2017).
+    """
+    is_right = classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    scores = logits.sigmoid()
+    if quality is None:
+        aim = is_right.float()
+        weight = (FOCAL_ALPHA * (1 - scores) ** FOCAL_GAMMA).where(is_right, (1 - FOCAL_ALPHA) * scores**FOCAL_GAMMA)
+    else:
+        aim = quality[..., None] * is_right
+        weight = aim.where(is_right, VARIFOCAL_ALPHA * scores.detach() ** VARIFOCAL_GAMMA)
+    return (weight * F.binary_cross_entropy_with_logits(logits, aim, reduction="none")).sum(-1)
+
+
+@torch.no_grad()
+def cardinality_error(logits, targets: Targets):
+    """By how many the predictions that are not "no object" are too many or too few, mean over the images: (L,)."""
+    num_predicted = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(-1)
+    return (num_predicted - targets.is_box.sum(-1)).abs().float().mean(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- denoising
+
+
+def denoising_queries(targets: Targets, noise, config):
+    """The true boxes with noise, for queries that know which box they are to find (Li et al. 2022, section 4).
+
+    A centre moves by up to `box_noise` / 2 of its box's width and height, a side changes by up to a part `box_noise`,
+    and with the probability `label_noise` the class is any one; boxes are clipped to 0..1.
+
+    Args:
+        noise: (B, G, M, 5), uniform in 0..1: two numbers for the centre, two for the sides, one for the class.
+
+    Returns:
+        classes (B, G M) and boxes (B, G M, 4), group behind group.
+    """
+    boxes = targets.boxes[:, None]  # (B, 1, M, 4)
+    shift = (2 * noise[..., :4] - 1) * config.box_noise
+    centres = boxes[..., :2] + shift[..., :2] * boxes[..., 2:] / 2
+    sides = boxes[..., 2:] * (1 + shift[..., 2:])
+    # Of the draws below `label_noise` each class has an equal part.
+    part = noise[..., 4] / max(config.label_noise, 1e-6)
+    classes = targets.classes[:, None].where(part >= 1, (part * config.num_labels).long())
+    classes = classes.clamp(0, config.num_labels - 1)  # a wrong label is named by `match`
+    return classes.flatten(1), torch.cat([centres, sides], dim=-1).clamp(0, 1).flatten(1, 2)
+
+
+def denoising_assignment(targets: Targets, num_groups: int):
+    """(B, G M): the box each denoising query is to predict, or -1 for padding."""
+    box = torch.arange(targets.is_box.shape[1], device=targets.is_box.device)
+    return box.where(targets.is_box, -1).repeat(1, num_groups)
+
+
+def decoder_mask(num_denoising: int, group_size: int, num_queries: int, is_box):
+    """Who may attend to whom among G M denoising queries and the Q others behind them: (B, 1, T, T) bool.
+
+    A denoising query is seen by its own group alone, or it would tell the answer; the Q others are seen by all. Nobody
+    sees the padding of `is_box` (B, M), so that an image does not depend on its batch."""
+    group = torch.arange(num_denoising, device=is_box.device) // group_size
+    group = F.pad(group, (0, num_queries), value=-1)  # (T,)
+    is_query = F.pad(is_box.repeat(1, num_denoising // group_size), (0, num_queries), value=True)  # (B, T)
+    return ((group[:, None] == group) | (group == -1)) & is_query[:, None, None]
