@@ -37,7 +37,11 @@ KINDS = {"1": "1-bit", "P": "palette", "PA": "palette", "LA": "transparent", "RG
 
 
 def decode(
-    file: str | bytes, box: Box | None, size: tuple[int, int], num_channels: int
+    file: str | bytes,
+    box: Box | None,
+    size: tuple[int, int],
+    num_channels: int,
+    annotated: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """The pixels (C, h, w), uint8, of an image, and what had to be converted.
 
@@ -46,6 +50,8 @@ def decode(
         box: what to cut out. None: the largest part in the middle that has the shape of `size`.
         size: height and width, to which the part is resized, bicubic.
         num_channels: 1 for grey, 3 for RGB. Transparency is left out, 16 bits are cut to 8.
+        annotated: height and width of the image that boxes were drawn on. If they are those of the image before it is
+            turned upright, it stays so; if neither, the image is bad.
 
     Raises:
         Exception: of any kind, the image is corrupt; `is_bad_image` tells it from a failure of the system.
@@ -58,10 +64,11 @@ def decode(
             conversions.append("16-bit")
         elif image.mode != ("L" if num_channels == 1 else "RGB"):
             conversions.append(KINDS.get(image.mode, {"L": "grey", "RGB": "colour"}.get(image.mode, image.mode)))
+        orientation = _annotated_orientation(image, annotated)
         if image.format in ("JPEG", "MPO"):
-            _shrink(image, box, size)
+            _shrink(image, orientation, box, size)
         image.load()
-        turn = UPRIGHT.get(_orientation(image))
+        turn = UPRIGHT.get(orientation)
         image = _convert(image, num_channels)
     if turn is not None:
         conversions.append("EXIF-rotated")
@@ -73,14 +80,19 @@ def decode(
 
 def aspect(file: str | bytes) -> float:
     """Width / height of the upright image, from its head; 1 of a bad one."""
+    height, width = upright_size(file) or (1, 1)
+    return width / height
+
+
+def upright_size(file: str | bytes) -> tuple[int, int] | None:
+    """Height and width of the upright image, from its head; None of a bad one."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            aspect = image.width / image.height
-            return 1 / aspect if _orientation(image) in SIDEWAYS else aspect
+            return _turned(image.size, _orientation(image))[::-1]
     except Exception as error:
         if not is_bad_image(error):
             raise
-        return 1.0
+        return None
 
 
 def is_bad_image(error: Exception) -> bool:
@@ -91,16 +103,22 @@ def is_bad_image(error: Exception) -> bool:
 
 
 def decode_all(
-    files: Sequence[str | bytes], boxes: Sequence[Box] | None, num_channels: int, pixels: np.ndarray
+    files: Sequence[str | bytes],
+    boxes: Sequence[Box] | None,
+    num_channels: int,
+    pixels: Sequence[np.ndarray],
+    annotated: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Decodes into `pixels` (B, C, h, w). Returns why an image is bad and what was converted, by place in the batch."""
+    """Decodes into `pixels`, B arrays (C, h, w). Returns why an image is bad and what was converted, by place in the
+    batch."""
     failures, conversions = {}, {}
     for place, file in enumerate(files):
         try:
             if not file:
                 raise ValueError("no content")
             box = None if boxes is None else boxes[place]
-            pixels[place], converted = decode(file, box, pixels.shape[2:], num_channels)
+            size = None if annotated is None else tuple(annotated[place])
+            pixels[place][:], converted = decode(file, box, pixels[place].shape[1:], num_channels, size)
             if converted:
                 conversions[place] = converted
         except Exception as error:  # Pillow's readers raise nearly everything
@@ -125,6 +143,20 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _annotated_orientation(image: Image.Image, annotated: tuple[int, int] | None) -> int:
+    """How to turn an image so that it is as it was when boxes were drawn on it."""
+    orientation = _orientation(image)
+    if annotated is None or _turned(image.size, orientation) == annotated[::-1]:
+        return orientation
+    if image.size == annotated[::-1]:
+        return 1
+    raise ValueError(f"{image.width}x{image.height} pixels, not {annotated[1]}x{annotated[0]} as its annotation says")
+
+
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size[::-1] if orientation in SIDEWAYS else size
+
+
 def _pixel_box(image_size: tuple[int, int], box: Box | None, size: tuple[int, int]) -> Box:
     """Left, top, right and bottom in pixels of an image of this width and height."""
     width, height = image_size
@@ -137,10 +169,9 @@ def _pixel_box(image_size: tuple[int, int], box: Box | None, size: tuple[int, in
     return max(left, 0), max(top, 0), min(left + across, width), min(top + down, height)
 
 
-def _shrink(image: Image.Image, box: Box | None, size: tuple[int, int]) -> None:
+def _shrink(image: Image.Image, orientation: int, box: Box | None, size: tuple[int, int]) -> None:
     """Lets a JPEG be decoded at a fraction of its size where that still leaves twice what is needed."""
-    width, height = image.size[::-1] if _orientation(image) in SIDEWAYS else image.size
-    left, top, right, bottom = _pixel_box((width, height), box, size)
+    left, top, right, bottom = _pixel_box(_turned(image.size, orientation), box, size)
     spare = min((right - left) / size[1], (bottom - top) / size[0]) / 2
     if spare >= 2:
         image.draft(image.mode, (math.ceil(image.width / spare), math.ceil(image.height / spare)))
@@ -180,13 +211,15 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             request = read_message(requests)
             files = [file if isinstance(file, str) else requests.read(file) for file in request["files"]]
-            pixels = np.zeros((len(files), request["num_channels"], *request["size"]), np.uint8)
+            num_channels = request["num_channels"]
+            pixels = [np.zeros((num_channels, *size), np.uint8) for size in request["sizes"]]
             try:
-                failures, conversions = decode_all(files, request["boxes"], request["num_channels"], pixels)
+                failures, conversions = decode_all(files, request["boxes"], num_channels, pixels, request["annotated"])
             except OSError as error:
                 write_message(answers, {"error": [error.errno, error.strerror, error.filename]})
             else:
-                write_message(answers, {"failures": failures, "conversions": conversions}, pixels.data)
+                contents = [image.data for image in pixels]
+                write_message(answers, {"failures": failures, "conversions": conversions}, *contents)
         except (EOFError, BrokenPipeError):
             return
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -250,17 +250,25 @@ class EncodedRows(ImageRows):
         return lines
 
     def _load(self, indices, boxes, size):
+        return self._decode(indices, lambda places, chosen: (None if boxes is None else boxes[places], size))[0]
+
+    def _decode(self, indices: np.ndarray, view: Callable) -> tuple[Tensor | list[Tensor], np.ndarray]:
+        """The images with these numbers, or others for bad ones, and the numbers of those.
+
+        view: from places in the batch, and the numbers of the images there, to what `Decoder.decode` takes behind the
+            files: boxes, sizes, and whatever more.
+        """
         chosen = np.array([self._sound(int(index)) for index in indices], np.int64)
-        pixels = torch.empty(len(indices), self.num_channels, *size, dtype=torch.uint8)
         places = np.arange(len(indices))
         while len(places):
             files = self.source.encoded(chosen[places])
-            part = None if boxes is None else boxes[places]
-            decoded, failures, conversions = self.decoder.decode(files, part, size, self.num_channels)
+            boxes, sizes, *more = view(places, chosen[places])
+            decoded, failures, conversions = self.decoder.decode(files, boxes, sizes, self.num_channels, *more)
             if len(places) == len(indices):
                 pixels = decoded
             else:
-                pixels[places] = decoded
+                for place, image in zip(places, decoded, strict=True):
+                    pixels[place] = image
             for place, kinds in conversions.items():
                 for kind in kinds:
                     self.converted.setdefault(kind, set()).add(int(chosen[places[place]]))
@@ -268,7 +276,7 @@ class EncodedRows(ImageRows):
                 self._note_bad(int(chosen[places[place]]), reason)
             places = places[sorted(failures)]
             chosen[places] = [self._sound(int(index)) for index in indices[places]]
-        return pixels
+        return pixels, chosen
 
     def _note_bad(self, index: int, reason: str) -> None:
         with self.limit.lock:
@@ -313,19 +321,36 @@ class Decoder:
         self._threads: ThreadPoolExecutor | None = None
 
     def decode(
-        self, files: Sequence[str | bytes], boxes: np.ndarray | None, size: tuple[int, int], num_channels: int
-    ) -> tuple[Tensor, dict[int, str], dict[int, list[str]]]:
-        """Pixels (B, C, h, w), why an image is bad, and what was converted, both by place in the batch."""
-        pixels = torch.empty(len(files), num_channels, *size, dtype=torch.uint8)
-        boxes = None if boxes is None else boxes.tolist()
+        self,
+        files: Sequence[str | bytes],
+        boxes: np.ndarray | None,
+        sizes: tuple[int, int] | np.ndarray,
+        num_channels: int,
+        annotated: np.ndarray | None = None,
+    ) -> tuple[Tensor | list[Tensor], dict[int, str], dict[int, list[str]]]:
+        """Pixels, why an image is bad, and what was converted, both by place in the batch.
+
+        sizes: height and width of all, for pixels (B, C, h, w); or (B, 2), those of each, for B tensors (C, h, w).
+        annotated: (B, 2), see `decoding.decode`.
+        """
+        if isinstance(sizes, tuple):
+            pixels = torch.empty(len(files), num_channels, *sizes, dtype=torch.uint8)
+            arrays = list(pixels.numpy())
+        else:
+            pixels = [torch.empty(num_channels, *size, dtype=torch.uint8) for size in sizes.tolist()]
+            arrays = [image.numpy() for image in pixels]
+        boxes, annotated = (None if values is None else values.tolist() for values in (boxes, annotated))
         if not self.num_workers:
-            return pixels, *decoding.decode_all(files, boxes, num_channels, pixels.numpy())
+            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated)
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_workers)
         length = max(1, min(32, -(-len(files) // (2 * self.num_workers))))
         parts = [slice(first, first + length) for first in range(0, len(files), length)]
         tasks = [
-            self._threads.submit(self._ask, files[part], boxes and boxes[part], pixels[part].numpy()) for part in parts
+            self._threads.submit(
+                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part]
+            )
+            for part in parts
         ]
         failures, conversions = {}, {}
         for part, task in zip(parts, tasks, strict=True):
@@ -333,12 +358,12 @@ class Decoder:
                 found.update({part.start + int(place): what for place, what in answered.items()})
         return pixels, failures, conversions
 
-    def _ask(self, files, boxes, pixels: np.ndarray) -> tuple[dict, dict]:
+    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
         for is_last in (False, True):  # one may have died for want of memory, or by somebody's hand
             if not hasattr(self._own, "process"):
                 self._own.process = _DecodingProcess()
             try:
-                return self._own.process.decode(files, boxes, pixels)
+                return self._own.process.decode(files, boxes, pixels, annotated)
             except (EOFError, BrokenPipeError):
                 code = self._own.process.end()
                 del self._own.process
@@ -358,20 +383,22 @@ class _DecodingProcess:
         )
         self.end = weakref.finalize(self, _end, self.process)
 
-    def decode(self, files, boxes, pixels: np.ndarray) -> tuple[dict, dict]:
+    def decode(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
         contents = [file for file in files if isinstance(file, bytes)]
         request = {
             "files": [file if isinstance(file, str) else len(file) for file in files],
             "boxes": boxes,
-            "num_channels": pixels.shape[1],
-            "size": pixels.shape[2:],
+            "num_channels": len(pixels[0]),
+            "sizes": [image.shape[1:] for image in pixels],
+            "annotated": annotated,
         }
         decoding.write_message(self.process.stdin, request, *contents)
         answer = decoding.read_message(self.process.stdout)
         if "error" in answer:
             raise OSError(*answer["error"])
-        if self.process.stdout.readinto(memoryview(pixels).cast("B")) < pixels.nbytes:
-            raise EOFError
+        for image in pixels:
+            if self.process.stdout.readinto(memoryview(image).cast("B")) < image.nbytes:
+                raise EOFError
         return answer["failures"], answer["conversions"]
 
 

@@ -112,18 +112,18 @@ def read_images(
         notes.append("validating on the test part, since there is no other")
     digests = train.images.digests()
     if validation is None:
-        held_out = _hold_out(digests, train.labels, validation_fraction, seed)
+        held_out = hold_out(digests, train.labels, validation_fraction, seed)
         train, validation = train.select(np.flatnonzero(~held_out)), train.select(np.flatnonzero(held_out))
         digests, held_out_digests = (_where(digests, part) for part in (~held_out, held_out))
     else:
         held_out_digests = validation.images.digests()
-    notes += _overlap(digests, held_out_digests, validation)
+    notes += overlap(digests, held_out_digests, validation)
     names, labels = [], [None, None]
     if labelled:
         names = _name_classes(train, label_names, data)
         ids = label_ids(names, train.class_names is None and train.labels)
         labels = [_number_labels(part, ids, data) for part in (train, validation)]
-    channels, image_size = _look(train, num_channels, data)
+    channels, image_size = look_at(train, num_channels, data)
 
     def rows(part: ImageSet, labels: np.ndarray | None) -> ImageRows:
         if isinstance(part.images, ArrayImages):
@@ -155,12 +155,12 @@ def _read(data: str, image_column: str, label_column: str | None) -> Splits:
         if idx := [file for file in path.iterdir() if is_idx(file)]:
             return read_idx(idx, labelled)
         if any(path.rglob("*.parquet")):
-            return _from_datasets(_load(str(path)), path, image_column, label_column)
+            return _from_datasets(load_local(str(path)), path, image_column, label_column)
         return read_folder(path, labelled)
     if is_idx(path):
         return read_idx([path], labelled)
     if path.suffix == ".parquet" and path.exists():
-        return _from_datasets(_load("parquet", data_files=str(path)), path, image_column, label_column)
+        return _from_datasets(load_local("parquet", data_files=str(path)), path, image_column, label_column)
     if path.suffix in (".csv", ".tsv", ".json", ".jsonl") and path.exists():
         return {"train": read_table(read_tables(str(path))[0], path.parent, image_column, label_column)}
     if path.exists():
@@ -168,7 +168,7 @@ def _read(data: str, image_column: str, label_column: str | None) -> Splits:
     return _from_datasets(load_hub(data), None, image_column, label_column, data)
 
 
-def _load(*names, **options):
+def load_local(*names, **options):
     """`datasets.load_dataset` of local files. Raises ValueError if they cannot be read."""
     import datasets
 
@@ -199,9 +199,9 @@ def _from_datasets(found, path: Path | None, image_column: str, label_column: st
 def _open_stream(data: str):
     path = Path(data).expanduser()
     if path.is_dir() and any(path.rglob("*.parquet")):
-        return _load(str(path), streaming=True)
+        return load_local(str(path), streaming=True)
     if path.is_file() and path.suffix == ".parquet":
-        return _load("parquet", data_files=str(path), streaming=True)
+        return load_local("parquet", data_files=str(path), streaming=True)
     if data == "embedded" or path.exists():
         raise ValueError(f"streaming needs a Hub data set or parquet files, which {data!r} is not: leave streaming off")
     return load_hub(data, streaming=True)
@@ -210,7 +210,7 @@ def _open_stream(data: str):
 # ----------------------------------------------------------------------------------------------- split and labels
 
 
-def _hold_out(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
+def hold_out(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
     """Whether each image is for validation: a part of each class, and at least one of it if it has several."""
     held_out = np.zeros(len(digests), bool)
     if fraction == 0:
@@ -230,7 +230,7 @@ def _where(digests: list[bytes], chosen: np.ndarray) -> list[bytes]:
     return [digests[index] for index in np.flatnonzero(chosen)]
 
 
-def _overlap(train: list[bytes], validation: list[bytes], images: ImageSet) -> list[str]:
+def overlap(train: list[bytes], validation: list[bytes], images: ImageSet) -> list[str]:
     seen = set(train)
     notes = []
     if both := [number for number, digest in enumerate(validation) if digest in seen]:
@@ -263,7 +263,7 @@ def _number_labels(images: ImageSet, ids: dict[str, int], data: str) -> np.ndarr
     return np.array([ids[str(label)] for label in images.labels], np.int64)
 
 
-def _look(train: ImageSet, num_channels: int | None, data: str) -> tuple[int, tuple[int, int] | None]:
+def look_at(train: ImageSet, num_channels: int | None, data: str) -> tuple[int, tuple[int, int] | None]:
     """The channels of the images, and their size if it is small and one for all, from a few hundred of them."""
     if len(train.images) == 0:
         raise ValueError(f"{data} has no image to train on")

@@ -1,0 +1,313 @@
+"""Images with boxes to train on: digits on canvases, COCO, Pascal VOC, YOLO, a Hub data set.
+
+    data = read_detection("coco/", num_workers=2)  # coco/annotations/instances_train2017.json, coco/train2017/, ...
+    data.train.boxes(0), data.train.classes(0)  # (n, 4), (n,): corners as fractions of the image, class ids
+
+`detection_files.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from training import decoding
+from training.canvases import embedded_canvases
+from training.detection_files import (
+    BoxSet,
+    choose_splits,
+    find_coco,
+    find_voc,
+    find_yolo,
+    read_coco,
+    read_objects,
+    read_voc,
+    read_yolo,
+)
+from training.documents import fingerprint_of, load_hub, split_of
+from training.image_files import label_ids, unknown_label
+from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
+from training.images import hold_out, load_local, look_at, overlap
+
+WINDOW = 16  # global batches that are sorted by aspect together
+ORDER = 1  # what a seed is for, besides the order of the images
+
+
+class DetectionRows(EncodedRows):
+    """Images and their boxes. Bad images are replaced, together with their boxes, by the next sound one.
+
+    sizes: (N, 2), height and width of the images as they are annotated.
+    image_ids: what the data calls them. category_ids: (C,), what it calls the classes.
+    """
+
+    def __init__(self, boxes: BoxSet, ids: dict[str, int], category_ids: list[int | str], notes: list[str], **options):
+        super().__init__(boxes.images, None, **options)
+        self.image_ids, self.category_ids = boxes.image_ids, category_ids
+        self.sizes, kept = _clean(boxes, notes)
+        images = np.array([box.image for box in kept], np.int64)
+        self._corners = np.array([box.corners for box in kept], np.float64).reshape(-1, 4)
+        self._classes = np.array([ids[box.label] for box in kept], np.int64)
+        self._areas = np.array([box.area for box in kept], np.float64)
+        self._is_crowd = np.array([box.is_crowd for box in kept], bool)
+        self._starts = np.searchsorted(images, np.arange(len(self) + 1))
+
+    def _of(self, index: int) -> slice:
+        return slice(self._starts[index], self._starts[index + 1])
+
+    def boxes(self, index: int) -> np.ndarray:
+        """The boxes to train on, without crowds: (n, 4) float64, left, top, right and bottom as fractions."""
+        found = self._of(index)
+        return self._corners[found][~self._is_crowd[found]] / self.sizes[index][[1, 0, 1, 0]]
+
+    def classes(self, index: int) -> np.ndarray:
+        """Class ids (n,) of `boxes`."""
+        found = self._of(index)
+        return self._classes[found][~self._is_crowd[found]]
+
+    def truth(self, index: int) -> dict[str, np.ndarray]:
+        """What detections are measured against: boxes (m, 4) in pixels, left, top, right, bottom; labels (m,); areas
+        (m,) in pixels, those of the objects where the data has them; iscrowd (m,)."""
+        found = self._of(index)
+        names = ("boxes", "labels", "areas", "iscrowd")
+        return {
+            name: values[found]
+            for name, values in zip(names, (self._corners, self._classes, self._areas, self._is_crowd), strict=True)
+        }
+
+    def digest(self) -> str:
+        """The sha256 over all sizes, boxes and classes."""
+        arrays = (self.sizes, self._starts, self._corners, self._classes, self._is_crowd)
+        return hashlib.sha256(b"".join(values.tobytes() for values in arrays)).hexdigest()
+
+    def count_boxes(self) -> int:
+        return int((~self._is_crowd).sum())
+
+    def aspects(self, indices) -> np.ndarray:
+        height, width = self.sizes[indices].T
+        return width / height
+
+    def global_batch(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """The numbers of the images of this step, (batch_size,): a function of the arguments only.
+
+        Every epoch has an order of its own. Of what comes next in it, images of similar aspect go into one batch, so
+        that little has to be padded; `WINDOW` batches at a time, or one epoch of a small data set.
+        """
+        window = min(WINDOW, max(1, len(self) // batch_size))
+        number, place = divmod(step, window)
+        return self._window(number, window, batch_size, seed)[place]
+
+    def _window(self, number: int, window: int, batch_size: int, seed: int) -> np.ndarray:
+        drawn = self.draw(number * window * batch_size, window * batch_size, seed)
+        by_aspect = drawn[np.argsort(self.aspects(drawn), kind="stable")].reshape(window, batch_size)
+        return by_aspect[permutation(window, seed, number, ORDER)]
+
+    def load(self, indices: np.ndarray, view: Callable[[int, int], tuple]) -> tuple[list[Tensor], np.ndarray]:
+        """Images (C, h, w) uint8 on the CPU, and the numbers (B,) of those, which differ where images are bad.
+
+        view: from a place in the batch, and the number of the image there, to what is cut out of it (left, top, width
+            and height, as fractions) and the height and width to which that is resized, bicubic.
+        """
+
+        def request(places, chosen):
+            boxes, sizes = zip(*map(view, places.tolist(), chosen.tolist()), strict=True)
+            return np.array(boxes), np.array(sizes), self.sizes[chosen]
+
+        return self._decode(np.asarray(indices, np.int64), request)
+
+
+@dataclass
+class DetectionData:
+    """What `--data` names. `notes` is for a person to read; `fingerprint` covers images, boxes and split."""
+
+    train: DetectionRows
+    validation: DetectionRows
+    label_names: list[str]  # in the order of their ids
+    category_ids: list[int | str]  # what the data calls them
+    num_channels: int  # 1 grey, 3 colour
+    fingerprint: str
+    source: str
+    license: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_detection(
+    data: str,
+    *,
+    validation_data: str | None = None,
+    validation_split: str | None = None,
+    validation_fraction: float = 0.1,
+    image_column: str = "image",
+    objects_column: str = "objects",
+    label_names: list[str] | None = None,
+    num_channels: int | None = None,
+    max_bad_images: float = 0.01,
+    num_workers: int = 2,
+    seed: int = 0,
+) -> DetectionData:
+    """The images and boxes that `data` names.
+
+    data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such and of the
+        images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml; a folder that `datasets` has
+        saved, or parquet files, or a Hub data set, "name" or "name:config".
+    validation_data: other data of these kinds to validate on.
+    validation_split: "val" or "test", to validate on; by default "val" where there is one, or else "test".
+    validation_fraction: held out where the data has neither: the images with the smallest sha256, by `seed`.
+    image_column, objects_column: of a data set; see `read_objects`.
+    label_names: the classes in the order of their ids; by default in the order of the data's own ids, or sorted.
+    num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
+    max_bad_images: the part of the images that may be missing or unreadable; those are replaced.
+    num_workers: processes that decode, 0: none.
+    Raises ValueError for what is missing, broken or ambiguous, naming it.
+
+    Boxes are cut at the borders of their image; those of zero area or outside of it are left out and noted. Crowds are
+    for the evaluation only. An image is turned as its EXIF data says, unless the data gives the size it has unturned.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
+    if not 0 <= max_bad_images <= 1:
+        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    if validation_split not in (None, "val", "test"):
+        raise ValueError(f"validation_split must be 'val' or 'test', not {validation_split!r}")
+    if num_channels not in (None, 1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
+    columns = image_column, objects_column
+    path = Path(data).expanduser()
+    source = path.resolve().name if path.exists() else data
+    if validation_data is None:
+        train, *held_out = _read(data, validation_split, columns)
+    else:
+        train, held_out = _read(data, None, columns)[0], [_read(validation_data, validation_split, columns)[-1]]
+    digests = train.images.digests()
+    if held_out:
+        validation = held_out[0]
+        held_out_digests = validation.images.digests()
+    else:
+        is_held_out = hold_out(digests, None, validation_fraction, seed)
+        parts = [np.flatnonzero(is_held_out == held_out) for held_out in (False, True)]
+        train, validation = [train.select(part) for part in parts]
+        digests, held_out_digests = [[digests[index] for index in part] for part in parts]
+    notes = overlap(digests, held_out_digests, validation)
+    names, ids, category_ids = _number_classes(train, validation, label_names, data)
+    channels, _ = look_at(train, num_channels, data)
+    options = {"num_channels": channels, "decoder": Decoder(num_workers), "limit": BadImageLimit(max_bad_images)}
+    rows = [DetectionRows(part, ids, category_ids, notes, **options) for part in (train, validation)]
+    if not rows[0].count_boxes():
+        raise ValueError(f"{data} has no box to train on")
+    hashed = [hashlib.sha256(b"".join(part)).hexdigest() for part in (digests, held_out_digests)]
+    fingerprint = fingerprint_of("detection", names, hashed, [part.digest() for part in rows])
+    if data == "embedded":
+        source = "scikit-learn's handwritten digits on canvases"
+    return DetectionData(*rows, names, category_ids, channels, fingerprint, source, train.license, notes)
+
+
+# ------------------------------------------------------------------------------------------------- kinds of data
+
+
+def _read(data: str, validation_split: str | None, columns: tuple[str, str]) -> list[BoxSet]:
+    """The part to train on, and the one to validate on if there is one."""
+    path = Path(data).expanduser()
+    if data == "embedded":
+        return _chosen(embedded_canvases(), validation_split, data, lambda boxes: boxes)
+    if path.suffix == ".json" and path.is_file():
+        return [read_coco(path)]
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        import datasets
+
+        return _from_datasets(datasets.load_from_disk(str(path)), validation_split, data, columns)
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        return _from_datasets(load_local(str(path)), validation_split, data, columns)
+    if path.suffix == ".parquet" and path.is_file():
+        return _from_datasets(load_local("parquet", data_files=str(path)), validation_split, data, columns)
+    if path.is_dir() and (found := find_voc(path)):
+        return _chosen(found, validation_split, data, lambda files: read_voc(path, files))
+    if path.is_dir() and (found := find_coco(path)):
+        return _chosen(found, validation_split, data, read_coco)
+    if path.is_dir() or (path.suffix in (".yaml", ".yml") and path.is_file()):
+        found, names = find_yolo(path)
+        if found:
+            return _chosen(found, validation_split, data, lambda folder: read_yolo(folder, names))
+    if path.exists():
+        raise ValueError(
+            f"{path}: neither a COCO .json nor a YOLO .yaml file, nor a folder with annotations/*.json (COCO), "
+            "Annotations/*.xml (Pascal VOC), images/ and labels/ (YOLO) or a saved data set"
+        )
+    return _from_datasets(load_hub(data), validation_split, data, columns)
+
+
+def _chosen(found: dict[str, Any], validation_split: str | None, data: str, read: Callable) -> list[BoxSet]:
+    return [read(found[split]) for split in choose_splits(found, validation_split, data)]
+
+
+def _from_datasets(found, validation_split: str | None, data: str, columns: tuple[str, str]) -> list[BoxSet]:
+    found = found if isinstance(found, dict) else {"train": found}
+    found = {split_of(name): (name, part) for name, part in found.items()}
+    return _chosen(
+        found, validation_split, data, lambda part: read_objects(part[1], f"{data}, split {part[0]}", *columns)
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- classes
+
+
+def _number_classes(
+    train: BoxSet, validation: BoxSet, given: list[str] | None, data: str
+) -> tuple[list[str], dict[str, int], list[int | str]]:
+    """The names of the classes, the id of each, and what the data calls them."""
+    names, labels = given or train.class_names, {box.label for box in train.boxes}
+    if names is None:
+        names = sorted(labels, key=int if all(name.isdecimal() for name in labels) else None)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{data}: label_names must all be different, not {', '.join(names)}")
+    ids = label_ids(names, list(labels) if train.class_names is None else None)
+    for part in (train, validation):
+        for box in part.boxes:
+            if box.label not in ids:
+                named = part.images.name(box.image)
+                raise ValueError(f"{data}: {named} has a box with {unknown_label(box.label, ids)}")
+    known = dict(zip(train.class_names or [], train.category_ids or [], strict=False))
+    is_number = train.class_names is None and all(name.isdecimal() for name in ids)
+    return list(names), ids, [int(name) if is_number else known.get(name, place) for name, place in ids.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------- boxes
+
+
+def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
+    """Sizes (N, 2) of all images, and the boxes in pixels, inside their image, with their areas."""
+    sizes = boxes.sizes.copy()
+    unknown = np.flatnonzero((sizes == 0).any(1))
+    for first in range(0, len(unknown), 256):
+        part = unknown[first : first + 256]
+        found = map(decoding.upright_size, boxes.images.encoded(part))
+        sizes[part] = [size or (0, 0) for size in found]
+    is_sound = (sizes > 0).all(1)
+    images = np.array([box.image for box in boxes.boxes], np.int64)
+    limits = sizes[images][:, [1, 0, 1, 0]].reshape(-1, 4)
+    corners = np.array([box.corners for box in boxes.boxes], np.float64).reshape(-1, 4)
+    corners = corners * limits if boxes.in_fractions else corners
+    cut = np.clip(corners, 0, limits)
+    is_empty = (corners[:, 2:] <= corners[:, :2]).any(1)
+    is_outside = ~is_empty & (cut[:, 2:] <= cut[:, :2]).any(1) & is_sound[images]
+    is_over = ~is_empty & ~is_outside & (abs(cut - corners) > 1).any(1) & is_sound[images]
+    is_difficult = np.array([box.is_difficult for box in boxes.boxes], bool)
+    for chosen, what in (
+        (is_empty, "boxes of zero area left out"),
+        (is_outside, "boxes outside of their image left out"),
+        (is_over, "boxes cut at the border of their image"),
+        (is_difficult, "boxes marked as difficult used like the others"),
+    ):
+        if chosen.any():
+            named = list(dict.fromkeys(boxes.images.name(image) for image in images[chosen][:50].tolist()))
+            notes.append(f"{chosen.sum()} {what} ({', '.join(named[:3] + ['...'] * (len(named) > 3))})")
+    kept = []
+    for number in np.flatnonzero(~is_empty & ~is_outside & is_sound[images]).tolist():
+        box = boxes.boxes[number]
+        left, top, right, bottom = cut[number].tolist()
+        area = (right - left) * (bottom - top) if box.area is None else box.area
+        kept.append(box._replace(corners=(left, top, right, bottom), area=area))
+    sizes[~is_sound] = 1  # bad images, which are replaced
+    return sizes, kept

@@ -1,0 +1,293 @@
+"""Images with boxes as the loop asks for them: changed at random, padded to one size, decoded ahead of time.
+
+    transform = DetectionTransform(seed=0, global_batch_size=16, mean=[0.5], std=[0.25], shortest_edge=480, flip=0.5)
+    data = DetectionBatches(rows, transform, max_steps=1000, config=model.config)
+    inputs = data.augment(data.batch(step=0, positions=range(0, 8)))
+
+What is random is drawn for each image from (seed, step, position in the global batch), and images are padded to what
+the largest of the global batch needs, so that micro-batches, processes and resuming change nothing.
+
+Dimensions: B images, C channels, H and W of the batch, h and w of an image in it, n boxes, G groups for denoising.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_models.matching import count_items
+from training.augment import blend, grey, rectangles
+from training.detection import DetectionRows
+from training.image_rows import MAX_PREFETCHED
+
+STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
+NUM_CROPS = 8  # to choose from, in search of one with a box
+CROP_RATIO = 3 / 4  # least width / height of a crop, as a multiple of the image's
+
+
+@dataclass(kw_only=True)
+class DetectionTransform:
+    """How images are resized and changed at random; with the defaults, only half of them are mirrored.
+
+    mean, std: of each channel, as fractions of 255; the result is (pixels / 255 - mean) / std.
+    shortest_edge, longest_edge: an image's shorter side gets `shortest_edge` pixels, unless the longer one would get
+        more than `longest_edge`, which it then gets (as the processor of stock DETR). None: images keep their size.
+    scale_jitter: the shorter side is from (1 - scale_jitter) to 1 times `shortest_edge`, one for all images of a step,
+        so that none is padded for another; 0.4 gives the paper's 480 to 800.
+    crop: probability of a random crop, which keeps part of an image's area and a width / height within 4/3 of its own.
+        It is made before resizing, so that what it shows gets larger. Boxes are cut at its border.
+    crop_scale: least part of the area that a crop keeps.
+    crop_visible: boxes of which a crop shows less than this part are left out. No crop leaves out all boxes.
+    flip: probability of a mirror image.
+    color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
+    pad_to: H and W are multiples of this.
+
+    Raises ValueError naming the option that is out of its range.
+    """
+
+    seed: int
+    global_batch_size: int
+    mean: list[float]
+    std: list[float]
+    shortest_edge: int | None = 800
+    longest_edge: int | None = 1333
+    scale_jitter: float = 0.0
+    crop: float = 0.0
+    crop_scale: float = 0.3
+    crop_visible: float = 0.25
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    pad_to: int = 1
+
+    def __post_init__(self):
+        bounds = {
+            "from 0 to 1": (("crop", "crop_visible", "flip", "color_jitter"), lambda x: 0 <= x <= 1),
+            "at least 0 and below 1": (("scale_jitter",), lambda x: 0 <= x < 1),
+            "above 0 and at most 1": (("crop_scale",), lambda x: 0 < x <= 1),
+            "at least 1": (("shortest_edge", "longest_edge", "pad_to"), lambda x: x is None or x >= 1),
+        }
+        for bound, (names, holds) in bounds.items():
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must be {bound}, not {getattr(self, name)}")
+        if self.shortest_edge and self.longest_edge and self.longest_edge < self.shortest_edge:
+            raise ValueError(f"longest_edge must be at least shortest_edge, {self.shortest_edge}")
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be as many numbers, and std above 0: not {self.mean}, {self.std}")
+        self._mean, self._std = (torch.tensor(values)[:, None, None] * 255 for values in (self.mean, self.std))
+
+    def draw_scale(self, step: int) -> float:
+        """What `shortest_edge` is multiplied by in this step."""
+        uniform = np.random.default_rng([self.seed, step, STREAMS["scale"]]).random()
+        return 1 - self.scale_jitter * uniform
+
+    def draw(self, step: int, position: int) -> np.ndarray:
+        """Uniform numbers for everything else that is random about an image: as many for every image, so that no
+        option changes what another one draws."""
+        return np.random.default_rng([self.seed, step, position, STREAMS["image"]]).random(5 + 4 * NUM_CROPS)
+
+    def size(self, height: float, width: float, scale: float = 1.0) -> tuple[int, int]:
+        """Height and width to which an image, or a part of one, is resized: never less than a pixel."""
+        if self.shortest_edge is None:
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        short, long = min(height, width), max(height, width)
+        edge = wanted = max(1, round(self.shortest_edge * scale))
+        if self.longest_edge is not None and long / short * edge > self.longest_edge * scale:
+            wanted = self.longest_edge * scale * short / long
+            edge = round(wanted)
+        other = max(1, int(long if edge == short else wanted * long / short))
+        edge = max(1, edge)
+        return (edge, other) if height <= width else (other, edge)
+
+    def place(self, rows: DetectionRows, index: int, uniforms: np.ndarray | None, scale: float = 1.0) -> "Placed":
+        """What becomes of this image; without random numbers it is only resized."""
+        height, width = rows.sizes[index].tolist()
+        corners, classes = rows.boxes(index), rows.classes(index)
+        box, is_mirrored, colour = np.array([0.0, 0.0, 1.0, 1.0]), False, np.ones(3)
+        if uniforms is not None:
+            mirrors, crops, *colour = uniforms[:5]
+            is_mirrored = bool(mirrors < self.flip)
+            colour = 1 + self.color_jitter * (2 * np.array(colour) - 1)
+            if crops < self.crop:
+                for crop in self._crops(uniforms[5:].reshape(4, NUM_CROPS)):
+                    cut, kept = self._cut(corners, crop)
+                    if kept.any() or not len(corners):
+                        box, corners, classes = crop, cut[kept], classes[kept]
+                        break
+        if is_mirrored:
+            corners = corners.copy()
+            corners[:, [0, 2]] = 1 - corners[:, [2, 0]]
+        return Placed(box, self.size(height * box[3], width * box[2], scale), is_mirrored, colour, corners, classes)
+
+    def _crops(self, uniforms: np.ndarray) -> np.ndarray:
+        """Left, top, width and height (NUM_CROPS, 4), as fractions, of crops to choose from."""
+        return rectangles(uniforms, (self.crop_scale, 1), (CROP_RATIO, 1 / CROP_RATIO), 1.0).T
+
+    def _cut(self, corners: np.ndarray, crop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes (n, 4) as fractions of the crop, and which of them (n,) are still enough to see."""
+        inside = (corners - crop[[0, 1, 0, 1]]) / crop[[2, 3, 2, 3]]
+        cut = inside.clip(0, 1)
+        area, visible = ((box[:, 2:] - box[:, :2]).clip(0).prod(1) for box in (inside, cut))
+        return cut, visible > np.maximum(self.crop_visible * area * (1 - 1e-9), 0)
+
+    def load(
+        self, rows: DetectionRows, indices: np.ndarray, uniforms: list[np.ndarray] | None, scale=1.0, smallest=(1, 1)
+    ) -> tuple[np.ndarray, list["Placed"], dict[str, Any]]:
+        """The numbers of the images, what became of each, and a batch of them, of at least the height and width
+        `smallest`; see `DetectionBatches.batch`."""
+        placed: list[Placed] = [None] * len(indices)
+
+        def view(place: int, index: int):
+            placed[place] = self.place(rows, index, None if uniforms is None else uniforms[place], scale)
+            return placed[place].box, placed[place].size
+
+        images, used = rows.load(indices, view)
+        sizes = np.array([image.shape[1:] for image in images])
+        height, width = (-(-np.maximum(sizes.max(0), smallest) // self.pad_to) * self.pad_to).tolist()
+        pixels = torch.zeros(len(images), images[0].shape[0], height, width, dtype=torch.uint8)
+        mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+        for number, (image, (h, w)) in enumerate(zip(images, sizes.tolist(), strict=True)):
+            pixels[number, :, :h, :w] = image.flip(2) if placed[number].is_mirrored else image
+            mask[number, :h, :w] = True
+        names = [rows.source.name(index) for index in used.tolist()]
+        labels = [place.label() | {"image_id": name} for place, name in zip(placed, names, strict=True)]
+        return used, placed, {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
+
+    def normalize(self, pixels: Tensor, mask: Tensor, colour: Tensor | None = None) -> Tensor:
+        """Images for the model, float32 (B, C, H, W), exactly 0 where the mask (B, H, W) says that there is none.
+
+        pixels: uint8 (B, C, H, W), 0 there. colour: (B, 3), what brightness, contrast and saturation are multiplied by.
+        """
+        images = pixels.float()
+        if colour is not None:
+            brightness, contrast, saturation = colour[..., None, None, None].unbind(1)
+            images = blend(0, images, brightness)
+            total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
+            mean = (total / mask.sum((1, 2), dtype=torch.int32)[:, None, None, None] + 0.5).floor()
+            images = blend(mean, images, contrast)
+            images = blend(grey(images), images, saturation)
+        if self._mean.device != pixels.device:
+            self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return ((images - self._mean) / self._std).masked_fill(~mask[:, None], 0.0)
+
+
+@dataclass
+class Placed:
+    """What becomes of an image, and of its boxes."""
+
+    box: np.ndarray  # what is cut out: left, top, width, height as fractions of the image
+    size: tuple[int, int]  # height and width to which that is resized
+    is_mirrored: bool
+    colour: np.ndarray  # factors of brightness, contrast and saturation
+    corners: np.ndarray  # (n, 4), left, top, right, bottom as fractions of what was cut out
+    classes: np.ndarray  # (n,)
+
+    def label(self) -> dict[str, Tensor]:
+        low, high = self.corners[:, :2], self.corners[:, 2:]
+        boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
+        return {"class_labels": torch.from_numpy(self.classes), "boxes": torch.from_numpy(boxes).float()}
+
+
+class DetectionBatches:
+    """Training images, every epoch in a new order, and the random numbers of each: functions of the seed and the place
+    in the training.
+
+    Args:
+        max_steps: nothing is decoded ahead for steps behind the last one.
+        config: of the model, for what the loss counts and `num_denoising_groups`.
+    """
+
+    def __init__(self, rows: DetectionRows, transform: DetectionTransform, max_steps: int, config):
+        self.rows, self.transform, self.max_steps, self.config = rows, transform, max_steps, config
+        self.ahead = Ahead()
+
+    def batch(self, step: int, positions: range) -> dict[str, Any]:
+        """pixel_values uint8 (B, C, H, W), zero where pixel_mask (B, H, W), bool, is False; labels: for each image
+        class_labels (n,) int64, boxes (n, 4) float32, centre x and y, width and height as fractions of the image,
+        image_id, and noise (G, n, 5) where the model denoises; colour (B, 3) where colours are changed."""
+        batch = self.ahead.take(self._load, step, positions)
+        if step + 1 < self.max_steps:
+            self.ahead.begin(self._load, step + 1, positions)
+        return batch
+
+    def _load(self, step: int, positions: range) -> dict[str, Any]:
+        rows, transform = self.rows, self.transform
+        drawn = rows.global_batch(step, transform.global_batch_size, transform.seed)
+        scale = transform.draw_scale(step)
+        # The size is that of the global batch as it is drawn, whatever images turn out to be bad.
+        uniforms = [transform.draw(step, position) for position in range(len(drawn))]
+        sizes = [
+            transform.place(rows, index, numbers, scale).size for index, numbers in zip(drawn, uniforms, strict=True)
+        ]
+        mine = drawn[positions.start : positions.stop]
+        _, placed, batch = transform.load(
+            rows, mine, uniforms[positions.start : positions.stop], scale, np.max(sizes, 0)
+        )
+        if self.config.num_denoising_groups:
+            for position, label in zip(positions, batch["labels"], strict=True):
+                shape = (self.config.num_denoising_groups, len(label["boxes"]), 5)
+                random = np.random.default_rng([transform.seed, step, position, STREAMS["noise"]])
+                label["noise"] = torch.from_numpy(random.random(shape, dtype=np.float32))
+        if transform.color_jitter:
+            batch["colour"] = torch.from_numpy(np.stack([place.colour for place in placed])).float()
+        return batch
+
+    def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs, from a batch on the device."""
+        mask = batch["pixel_mask"]
+        images = self.transform.normalize(batch["pixel_values"], mask, batch.get("colour"))
+        return {"pixel_values": images, "pixel_mask": mask, "labels": batch["labels"]}
+
+    def num_items(self, batch) -> dict[str, float]:
+        return count_items(batch["labels"], self.config)
+
+    def num_units(self, batch) -> int:
+        return len(batch["pixel_values"])
+
+    def external_files(self) -> dict:
+        return {}
+
+
+def evaluation_batches(
+    rows: DetectionRows, transform: DetectionTransform, parts: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """For each of these parts of the images their numbers, and a batch of them, resized only, while the next one is
+    decoded: see `DetectionBatches.batch`. Where the numbers are not those of the part, an image was bad and another
+    one came in its place: leave it out."""
+
+    parts = list(parts)
+
+    def load(number: int):
+        used, _, batch = transform.load(rows, parts[number], None)
+        return used, batch
+
+    ahead = Ahead()
+    for number in range(len(parts)):
+        batch = ahead.take(load, number)
+        if number + 1 < len(parts):
+            ahead.begin(load, number + 1)
+        yield batch
+
+
+class Ahead:
+    """Calls made in the background, one after the other, before anybody asks for what they return."""
+
+    def __init__(self):
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: dict[tuple, Future] = {}
+
+    def begin(self, function: Callable, *arguments) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1)
+        while len(self._begun) >= MAX_PREFETCHED:  # that nobody came for
+            self._begun.pop(next(iter(self._begun))).cancel()
+        if arguments not in self._begun:
+            self._begun[arguments] = self._thread.submit(function, *arguments)
+
+    def take(self, function: Callable, *arguments) -> Any:
+        begun = self._begun.pop(arguments, None)
+        return function(*arguments) if begun is None else begun.result()

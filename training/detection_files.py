@@ -1,0 +1,469 @@
+"""Where boxes are written down: in COCO's JSON, in Pascal VOC's XML, in YOLO's text, in a data set of the `datasets`
+library.
+
+Every reader returns a `BoxSet` for each split that it is asked for. Nothing is decoded here.
+"""
+
+import json
+import math
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from training.documents import split_of
+from training.image_files import (
+    IMAGE_SUFFIXES,
+    DatasetImages,
+    Files,
+    StoredImages,
+    name_of,
+    undecoded,
+)
+
+
+class Box(NamedTuple):
+    """An object as it is annotated."""
+
+    image: int  # its place in the `BoxSet`
+    label: str
+    corners: tuple[float, float, float, float]  # left, top, right, bottom
+    area: float | None = None  # in pixels, where it is not that of the box
+    is_crowd: bool = False  # many objects in one box, neither to be found nor to be blamed for being found
+    is_difficult: bool = False
+
+
+@dataclass
+class BoxSet:
+    """The images of one split, their sizes and their boxes, both as they are annotated."""
+
+    images: StoredImages
+    sizes: np.ndarray  # (N, 2), height and width; 0 where nothing is written
+    boxes: list[Box]  # image after image
+    image_ids: list[int | str]
+    class_names: list[str] | None = None  # in the order of their ids, where there is one
+    category_ids: list[int | str] | None = None  # what the file calls them
+    in_fractions: bool = False  # the corners, of width and height, not pixels
+    license: str | None = None
+
+    def select(self, indices: np.ndarray) -> "BoxSet":
+        place = {int(index): number for number, index in enumerate(indices)}
+        boxes = [box._replace(image=place[box.image]) for box in self.boxes if box.image in place]
+        image_ids = [self.image_ids[index] for index in indices]
+        rest = (self.class_names, self.category_ids, self.in_fractions, self.license)
+        return BoxSet(self.images.select(indices), self.sizes[indices], boxes, image_ids, *rest)
+
+
+Splits = dict[str, BoxSet]  # "train", and "val" or "test" where one of them is there
+
+
+def choose_splits(found: Container[str], wanted: str | None, source: object) -> list[str]:
+    """Those to read: to train on, and where there are such to validate on: `wanted`, or else "val", or else "test"."""
+    if "train" not in found:
+        raise ValueError(f"{source} has no part to train on, only {', '.join(found)}")
+    if wanted is not None and wanted not in found:
+        raise ValueError(f"{source} has no part {wanted!r}: choose another validation_split of {', '.join(found)}")
+    return ["train", *[split for split in ([wanted] if wanted else ["val", "test"]) if split in found][:1]]
+
+
+# ---------------------------------------------------------------------------------------------------------- COCO
+
+
+def find_coco(root: Path) -> dict[str, Path]:
+    """The annotation files under a folder, by split: annotations/instances_train2017.json, train/_annotations.json."""
+    found = sorted({*root.glob("*.json"), *root.glob("annotations/*.json"), *root.glob("*/_annotations*.json")})
+    found = [path for path in found if path.name.startswith("instances")] or found
+    by_split: dict[str, list[Path]] = {}
+    for path in found:
+        name = path.stem.removeprefix("instances_")
+        split = split_of(name) or (split_of(path.parent.name) if path.parent != root else "")
+        by_split.setdefault(split, []).append(path)
+    if by_split.keys() == {""} and len(found) == 1:
+        return {"train": found[0]}
+    for split, paths in by_split.items():
+        if split and len(paths) > 1:
+            named = ", ".join(str(path.relative_to(root)) for path in paths)
+            raise ValueError(f"{root} has several files for {split}: {named}; leave one, or name one of them")
+    return {split: paths[0] for split, paths in by_split.items() if split}
+
+
+def read_coco(path: Path) -> BoxSet:
+    """One annotation file of COCO's format (Lin et al. 2014, "object instances"), and the images beside it.
+
+    Classes get ids from 0 in the order of their category ids. Raises ValueError naming the file, and the line and
+    column of broken JSON or the image or annotation that is wrong.
+    """
+    content = _read_json(path)
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and _is_id(entry, "id") for entry in entries
+        ):
+            raise ValueError(f"{path}: no list {key!r} of objects with an id, as COCO's format has it")
+    categories = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
+    images = {entry["id"]: entry for entry in content["images"]}
+    for key, known in (("categories", categories), ("images", images)):
+        if len(known) < len(content[key]):
+            raise ValueError(f"{path}: several of the {key} have the same id; give each its own")
+    if len(set(categories.values())) < len(categories):
+        raise ValueError(f"{path}: several categories have the same name; rename them")
+    names = []
+    for image_id, image in images.items():
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            raise ValueError(f"{path}: image {image_id} has no file_name")
+        names.append(image["file_name"])
+    places = {image_id: place for place, image_id in enumerate(images)}
+    boxes: list[list[Box]] = [[] for _ in names]
+    for annotation in content["annotations"]:
+        where = f"{path}, annotation {annotation['id']}"
+        if not _is_id(annotation, "image_id") or annotation["image_id"] not in places:
+            raise ValueError(f"{where}: there is no image {annotation.get('image_id')!r}; add it or remove this")
+        if not _is_id(annotation, "category_id") or annotation["category_id"] not in categories:
+            raise ValueError(f"{where}: there is no category {annotation.get('category_id')!r}; add it or remove this")
+        left, top, width, height = _numbers(annotation.get("bbox"), 4, f"{where}: bbox")
+        area = annotation.get("area")
+        place = places[annotation["image_id"]]
+        boxes[place].append(
+            Box(
+                place,
+                categories[annotation["category_id"]],
+                (left, top, left + width, top + height),
+                None if area is None else _numbers([area], 1, f"{where}: area")[0],
+                bool(annotation.get("iscrowd")),
+            )
+        )
+    sizes = [_size(image, f"{path}, image {image_id}") for image_id, image in images.items()]
+    ids = sorted(categories, key=lambda number: (isinstance(number, str), number))
+    return BoxSet(
+        Files(names, _folder_of_images(path, names)),
+        np.array(sizes, np.int64).reshape(-1, 2),
+        [box for found in boxes for box in found],
+        list(images),
+        [categories[number] for number in ids],
+        ids,
+    )
+
+
+def _is_id(entry: dict, key: str) -> bool:
+    return isinstance(entry.get(key), int | str)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+def _numbers(values: Any, count: int, where: str) -> list[float]:
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    if not is_list or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"{where} must be {count} finite number{'s' * (count > 1)}, not {values!r}")
+    return values
+
+
+def _size(entry: dict, where: str) -> tuple[int, int]:
+    """Height and width, or zeros."""
+    size = entry.get("height") or 0, entry.get("width") or 0
+    if not all(isinstance(side, int) and side >= 0 for side in size):
+        raise ValueError(f"{where}: height and width must be whole numbers, not {size}")
+    return size if all(size) else (0, 0)
+
+
+def _folder_of_images(annotations: Path, names: list[str]) -> Path:
+    """Where the images lie: beside the annotations, or in a folder named like them or "images" nearby."""
+    beside, split = annotations.parent, annotations.stem.removeprefix("instances_")
+    roots = [beside, beside.parent] if beside.name == "annotations" else [beside]
+    inner = ("", split, "images", f"images/{split}", split_of(split), f"images/{split_of(split)}", "JPEGImages")
+    folders = [root / name for root in roots for name in inner]
+    for folder in folders:
+        if any((folder / name).is_file() for name in names[:20]):
+            return folder
+    if not names:
+        return beside
+    raise ValueError(f"{annotations}: its images ({names[0]}, ...) are in none of {', '.join(map(str, folders))}")
+
+
+# ----------------------------------------------------------------------------------------------------- Pascal VOC
+
+
+def find_voc(root: Path) -> dict[str, list[Path]]:
+    """The annotation files by split: those that ImageSets/Main lists, or in folders train/, valid/ and test/, or all
+    to train on. Images in a list need no annotation."""
+    annotations, lists = root / "Annotations", root / "ImageSets" / "Main"
+    if not any(annotations.glob("*.xml")):
+        folders = sorted({path.parent for path in root.glob("*/*.xml") if split_of(path.parent.name)})
+        folders = {split_of(folder.name): folder for folder in folders} or {"train": root}
+        found = {split: sorted(folder.glob("*.xml")) for split, folder in folders.items()}
+        return {split: files for split, files in found.items() if files}
+    listed = {name: lists / f"{name}.txt" for name in ("train", "trainval", "val", "test")}
+    listed = {name: path for name, path in listed.items() if path.is_file()}
+    if "train" not in listed and "trainval" in listed:
+        listed = {"train": listed["trainval"]} | {name: path for name, path in listed.items() if name == "test"}
+    found = {}
+    for name, path in listed.items():
+        found[name] = [annotations / f"{line.split()[0]}.xml" for _, line in _lines(path)]
+    return found or {"train": sorted(annotations.glob("*.xml"))}
+
+
+def read_voc(root: Path, files: list[Path]) -> BoxSet:
+    """Annotation files of Pascal VOC's format (Everingham et al. 2010) and their images.
+
+    Its pixels count from 1 and xmax and ymax are inside: a box reaches from xmin - 1 to xmax. One whose xmax is not
+    above its xmin has no area. Raises ValueError naming the file, and the line and column of broken XML.
+    """
+    folder = root / "JPEGImages" if (root / "JPEGImages").is_dir() else None
+    images: dict[Path, dict[str, str]] = {}  # of each folder, the file of each stem
+    names, sizes, boxes = [], [], []
+    for place, path in enumerate(files):
+        beside = folder or path.parent
+        if beside not in images:
+            images[beside] = {name.stem: name.name for name in _images_in(beside)}
+        objects, file_name, size = _read_xml(path) if path.is_file() else ([], "", (0, 0))
+        name = images[beside].get(path.stem) or file_name or f"{path.stem}.jpg"
+        names.append(str((beside / name).relative_to(root)))
+        sizes.append(size)
+        boxes += [box._replace(image=place) for box in objects]
+    sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    return BoxSet(Files(names, root), sizes, boxes, [path.stem for path in files])
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
+    """The boxes, the name of the image, and its height and width."""
+    try:
+        annotation = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        raise ValueError(f"{path}, line {line}, column {column + 1}: broken XML ({error})") from error
+    boxes = []
+    for number, item in enumerate(annotation.iter("object"), 1):
+        where, name = f"{path}, object {number}", (item.findtext("name") or "").strip()
+        if not name:
+            raise ValueError(f"{where}: it has no name")
+        texts = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            left, top, right, bottom = _numbers([float(text) for text in texts], 4, where)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: bndbox needs the numbers xmin, ymin, xmax and ymax, not {texts}") from error
+        if right > left and bottom > top:
+            left, top = left - 1, top - 1
+        boxes.append(Box(0, name, (left, top, right, bottom), is_difficult=item.findtext("difficult") == "1"))
+    height, width = (annotation.findtext(f"size/{side}") or "0" for side in ("height", "width"))
+    size = {"height": int(height), "width": int(width)} if height.isdecimal() and width.isdecimal() else {}
+    return boxes, Path((annotation.findtext("filename") or "").strip()).name, _size(size, str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------- YOLO
+
+
+def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None]:
+    """The folder of images, or the list of their files, of each split, and the names of the classes.
+
+    path: a data set's .yaml file, or a folder with one, or else with images/ and labels/, either of which may have
+        folders train/ and val/; or train/images/, train/labels/ and so on. Classes are named in the .yaml file or,
+        one a line, in classes.txt.
+    """
+    settings = [path] if path.is_file() else sorted({*path.glob("*.yaml"), *path.glob("*.yml")})
+    settings = [
+        (file, content) for file in settings if isinstance(content := _read_yaml(file), dict) and "names" in content
+    ]
+    if len(settings) > 1:
+        raise ValueError(f"{path} has several data sets, {', '.join(file.name for file, _ in settings)}: name one")
+    if settings:
+        return _read_settings(*settings[0])
+    if path.is_file():
+        raise ValueError(f"{path}: no names of classes, as a YOLO data set has them")
+    root = path / "images"
+    roots = {split_of(folder.name): folder for folder in sorted(root.glob("*/"))} if (path / "labels").is_dir() else {}
+    roots = roots or {split_of(folder.parent.name): folder for folder in sorted(path.glob("*/images/"))}
+    roots.pop("", None)
+    if not roots and root.is_dir() and (path / "labels").is_dir():
+        roots = {"train": root}
+    lists = [file for file in (path / "classes.txt", path / "labels" / "classes.txt") if file.is_file()]
+    return roots, [name for file in lists[:1] for _, name in _lines(file)] or None
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file with something on them, with their numbers, from 1."""
+    try:
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+
+
+def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[str]]:
+    names = settings["names"]
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"{path}: names must be numbered from 0 without a gap, not {', '.join(map(str, names))}")
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list):
+        raise ValueError(f"{path}: names must be a list, not {names!r}")
+    root = path.parent / str(settings.get("path") or "")
+    roots = {}
+    for split in ("train", "val", "test"):
+        if not (place := settings.get(split)):
+            continue
+        if not isinstance(place, str):
+            raise ValueError(f"{path}: {split} must be one folder or list of files, not {place!r}")
+        # Files that others wrote name folders of their machine, or one above the right one.
+        tried = [root / place, path.parent / place, path.parent / place.removeprefix("../")]
+        if (found := next((folder for folder in tried if folder.exists()), None)) is not None:
+            roots[split] = found
+        elif split == "train":
+            raise ValueError(
+                f"{path}: train is {place!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}"
+            )
+    return roots, list(map(str, names))
+
+
+def read_yolo(root: Path, names: list[str] | None) -> BoxSet:
+    """A folder of images, or a list of them, and the text files beside them or in labels/ instead of images/: a line
+    for each box, with the class's number and, as fractions of the image, centre x and y, width and height; or with the
+    corners of a polygon, around which the box is.
+
+    Raises ValueError naming the file and line that is none of these, or the text without an image.
+    """
+    if root.is_file():
+        paths, folder = [root.parent / line for _, line in _lines(root)], root.parent
+    else:
+        paths, folder = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), root
+    boxes, texts = [], [_text_of(path) for path in paths]
+    if len(set(texts)) < len(texts):
+        repeated = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"{repeated} belongs to several images: give each image a name of its own")
+    for place, text in enumerate(texts):
+        if text.is_file():
+            boxes += [_read_line(line, place, names, f"{text}, line {number}") for number, line in _lines(text)]
+    if root.is_dir():
+        known = {*texts, *(text.parent / "classes.txt" for text in texts)}
+        folders = {text.parent for text in texts}
+        if orphans := sorted(text for folder in folders for text in folder.glob("*.txt") if text not in known):
+            raise ValueError(f"{orphans[0]}: its image is missing{_and_more(orphans)}; add it or remove this")
+    relative = [os.path.relpath(path, folder) for path in paths]
+    sizes = np.zeros((len(paths), 2), np.int64)
+    return BoxSet(Files(relative, folder), sizes, boxes, relative, names, in_fractions=True)
+
+
+def _and_more(found: list) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def _text_of(image: Path) -> Path:
+    """Where the boxes of an image are: the last "images" of its path replaced by "labels", else beside it."""
+    parts = list(image.with_suffix(".txt").parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def _read_line(line: str, place: int, names: list[str] | None, where: str) -> Box:
+    try:
+        number, *values = map(float, line.split())
+        values = _numbers(values, len(values), where)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected numbers, not {line[:80]!r}") from error
+    if number != int(number) or number < 0 or (names and number >= len(names)):
+        known = f"the {len(names)} classes, 0 to {len(names) - 1}" if names else "the whole numbers from 0"
+        raise ValueError(f"{where}: class {number:g} is none of {known}")
+    if len(values) == 4:
+        x, y, width, height = values
+        corners = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    elif len(values) >= 6 and len(values) % 2 == 0:
+        corners = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+    else:
+        raise ValueError(f"{where}: expected a class and 4 numbers, or those of a polygon, not {len(values)} behind it")
+    return Box(place, names[int(number)] if names else str(int(number)), corners)
+
+
+# ----------------------------------------------------------------------------------------------------- data sets
+
+BOX_KEYS = ("bbox", "boxes", "box", "bboxes")
+LABEL_KEYS = ("category", "label", "category_id", "labels", "categories", "class")
+
+
+def read_objects(dataset, source: str, image_column: str, objects_column: str) -> BoxSet:
+    """One split of a data set with a column of images and one of objects: of each its bbox (left, top, width and height
+    in pixels, as COCO) and its category (a class, a number or a name); area and iscrowd where they are there."""
+    import datasets
+
+    dataset, _ = undecoded(dataset, source, image_column, None)
+    if objects_column not in dataset.features:
+        found = sorted(dataset.features)
+        raise ValueError(f"{source}: no column {objects_column!r}; choose one of {found} with --objects_column")
+    kinds = _object_features(dataset.features[objects_column])
+    box_key, label_key = (next((key for key in keys if key in kinds), None) for keys in (BOX_KEYS, LABEL_KEYS))
+    if box_key is None or label_key is None:
+        found = ", ".join(map(str, kinds)) or "no fields"
+        raise ValueError(f"{source}: column {objects_column!r} needs a bbox and a category, but has {found}")
+    if not isinstance(dataset.features[image_column], datasets.Image):
+        raise ValueError(f"{source}: column {image_column!r} holds no images: choose another with --image_column")
+    kind = kinds[label_key]
+    class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    boxes = []
+    for place, found in enumerate(dataset[objects_column]):
+        if found is None:
+            continue
+        objects = found if isinstance(found, list) else _rows_of(found, box_key, f"{source}, row {place + 1}")
+        for item in objects:
+            where = f"{source}, row {place + 1}"
+            left, top, width, height = _numbers(item[box_key], 4, f"{where}: {box_key}")
+            label, area = item[label_key], item.get("area")
+            if label is None:
+                raise ValueError(f"{where}: a box without {label_key}")
+            boxes.append(
+                Box(
+                    place,
+                    str(label) if class_names is None else name_of(label, class_names, where),
+                    (left, top, left + width, top + height),
+                    None if area is None else _numbers([area], 1, f"{where}: area")[0],
+                    bool(item.get("iscrowd")),
+                )
+            )
+    sizes = np.zeros((len(dataset), 2), np.int64)
+    if {"height", "width"} <= dataset.features.keys():
+        rows = zip(dataset["height"], dataset["width"], strict=True)
+        sizes = [_size({"height": h, "width": w}, f"{source}, row {n}") for n, (h, w) in enumerate(rows, 1)]
+    image_ids = list(dataset["image_id"]) if "image_id" in dataset.features else list(range(len(dataset)))
+    images = DatasetImages(dataset, image_column, source)
+    sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    return BoxSet(images, sizes, boxes, image_ids, class_names, license=dataset.info.license or None)
+
+
+def _object_features(feature) -> dict:
+    """The fields of an object: of a list of objects, or of an object of lists, as `datasets` turns the former into."""
+    import datasets
+
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+        return feature if isinstance(feature, dict) else {}
+    if not isinstance(feature, dict):
+        return {}
+    return {key: kind.feature for key, kind in feature.items() if isinstance(kind, datasets.List | datasets.LargeList)}
+
+
+def _rows_of(objects: dict[str, list | None], box_key: str, where: str) -> list[dict]:
+    count = len(objects[box_key] or [])
+    columns = {key: values for key, values in objects.items() if values}
+    if uneven := next((key for key, values in columns.items() if len(values) != count), None):
+        raise ValueError(f"{where}: {count} of {box_key}, but {len(columns[uneven])} of {uneven}")
+    return [{key: values[number] for key, values in columns.items()} for number in range(count)]
