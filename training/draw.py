@@ -2,26 +2,31 @@
 
     python -m training.draw CHECKPOINT [--image FILE ...] [--text TEXT] [--output_dir DIR]
 
-writes every figure that fits the checkpoint, which is a folder or a Hub repository of a GPT, a BERT, a ViT or a masked
-autoencoder, ours or stock. Each function here returns a matplotlib Figure; `figure.savefig(path)` keeps it.
+writes every figure that fits the checkpoint, which is a folder or a Hub repository of a GPT, a BERT, a ViT, a masked
+autoencoder or a DETR, ours or stock. Each function here returns a matplotlib Figure; `figure.savefig(path)` keeps it.
 
-L layers, B images, C channels, N heads, T tokens, P patches
+L layers, B images, C channels, N heads, T tokens, P patches, Q queries
 """
 
 import argparse
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from PIL.Image import Image
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DetrImageProcessorPil
+from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from hf_models import ZooViTMAEForPreTraining, ZooViTModel
+from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViTModel
 from training import figures
-from training.arguments import user_errors
+from training.arguments import one_line, user_errors
+from training.canvases import embedded_canvases
 from training.decoding import decode_all
 from training.figures import curves
 from training.image_rows import ArrayRows
@@ -100,6 +105,83 @@ def reconstructions(
     return figures.reconstruction_triples(
         *(displayable(images, mean, std) for images in (pixel_values, visible, painted))
     )
+
+
+def detections(model, processor, images: Sequence[Image], threshold: float = 0.5) -> Figure:
+    """What a DETR finds in images.
+
+    Args:
+        model: with its head for boxes.
+        processor: the image processor of the checkpoint.
+        threshold: the least score of what is drawn.
+    """
+    found = [keep(detect(model, processor, image)[0], threshold) for image in images]
+    return figures.detections([pixels_of(image) for image in images], found, label_names(model))
+
+
+def query_slots(model, processor, images: Sequence[Image]) -> Figure:
+    """Where each query of a DETR looks (Carion et al. 2020, figure 7), from its boxes in all these images. With
+    `query_selection` a query has no place of its own: the first one is the likeliest object of each image."""
+    return figures.query_slots(stack_slots([detect(model, processor, image)[0]["boxes"] for image in images]))
+
+
+def decoder_attention(model, processor, image: Image, threshold: float = 0.5, most: int = 11) -> Figure:
+    """What the last decoder layer looks at for each box that a DETR finds in an image, mean over the heads.
+
+    threshold, most: the boxes with at least this score, so many at most; if there is none, the best one.
+    """
+    found, weights, reach = detect(model, processor, image, with_attention=True)
+    best = np.argsort(-found["scores"], kind="stable")[:most]
+    chosen = best[: max(1, int((found["scores"][best] >= threshold).sum()))]
+    found = {name: values[chosen] for name, values in found.items()}
+    return figures.box_attention(pixels_of(image), found, weights[chosen], label_names(model), reach)
+
+
+def detect(model, processor, image: Image, with_attention: bool = False):
+    """The answers of all queries to one image, as the processor reads them: `scores` (Q,), `labels` (Q,) and `boxes`
+    (Q, 4), left, top, right and bottom as parts of the image.
+
+    Besides, if asked for, the attention (Q, rows, columns) of the last decoder layer, mean over the heads, and the
+    height and width of these rows and columns as parts of the image's: they may go beyond it.
+    """
+    inputs, grids = processor(images=image, return_tensors="pt").to(model.device), []
+    hook = model.model.input_projection.register_forward_hook(lambda *call: grids.append(call[-1].shape[2:]))
+    with evaluating(model), hook:
+        outputs = model(**inputs, output_attentions=with_attention)
+    (found,) = processor.post_process_object_detection(outputs, threshold=-1)  # all
+    found = {name: values.float().cpu().numpy() for name, values in found.items()}
+    found["labels"] = found["labels"].astype(int)
+    if not with_attention:
+        return found, None, None
+    weights = outputs.cross_attentions[-1][0].mean(0).float().cpu().unflatten(-1, grids[0]).numpy()
+    sides = inputs["pixel_values"].shape[2:]
+    stride = getattr(model.model.backbone, "stride", None)
+    reach = [1.0, 1.0] if stride is None else [stride * n / side for n, side in zip(grids[0], sides, strict=True)]
+    return found, weights, reach
+
+
+def keep(found: dict[str, np.ndarray], threshold: float) -> dict[str, np.ndarray]:
+    """Those answers with at least this score."""
+    return {name: values[found["scores"] >= threshold] for name, values in found.items()}
+
+
+def stack_slots(boxes: Sequence[np.ndarray]) -> np.ndarray:
+    """Each image's boxes (Q, 4) as (B, Q, 4), NaN where an image has fewer than others."""
+    slots = np.full((len(boxes), max(map(len, boxes)), 4), np.nan)
+    for place, found in enumerate(boxes):
+        slots[place, : len(found)] = found
+    return slots
+
+
+def pixels_of(image: Image) -> np.ndarray:
+    """An image (H, W, C) with values from 0 to 1, made smaller if it is large."""
+    image = image.copy()
+    image.thumbnail((1000, 1000))
+    return np.atleast_3d(np.asarray(image)) / 255
+
+
+def label_names(model) -> list[str]:
+    return [model.config.id2label[label] for label in range(model.config.num_labels)]
 
 
 def position_similarity(model) -> Figure:
@@ -215,6 +297,40 @@ def draw_images(checkpoint: str, config, images: Sequence[str], text: str | None
         print(f"no position_similarity: {error}")
 
 
+def draw_detections(checkpoint: str, config, images: Sequence[str], text: str | None) -> Iterator[tuple[str, Figure]]:
+    """The figures of a DETR by name."""
+    if text is not None:
+        raise ValueError(f"--text: {checkpoint} is a model of images, give --image")
+    model = ZooDetrForObjectDetection.from_pretrained(checkpoint)
+    try:
+        processor = DetrImageProcessorPil.from_pretrained(checkpoint)
+    except OSError:  # a model without one: that of the paper
+        processor = DetrImageProcessorPil()
+    if images:
+        opened = [open_upright(file) for file in images]
+    elif model.config.num_channels == 1:
+        canvases = embedded_canvases(num_train=1, num_validation=60)["val"].images.contents
+        opened = [PIL.Image.open(io.BytesIO(canvas)) for canvas in canvases]
+    else:
+        from sklearn.datasets import load_sample_images
+
+        opened = [PIL.Image.fromarray(photograph) for photograph in load_sample_images().images]
+    yield "detections", detections(model, processor, opened[:6])
+    yield "decoder_attention", decoder_attention(model, processor, opened[0])
+    if len(opened) < 10:
+        print(f"no query_slots: {len(opened)} images are too few to see where a query looks, give 10 or more")
+    else:
+        yield "query_slots", query_slots(model, processor, opened)
+
+
+def open_upright(file: str) -> Image:
+    """An image as pipelines open it, in its own size."""
+    try:
+        return load_image(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image {file}: {one_line(error)}") from error
+
+
 def open_images(files: Sequence[str], config) -> torch.Tensor:
     """Images (B, C, H, W), uint8, cut and resized to what the model was made for; without files some that come with
     scikit-learn, digits for a model of grey images and photographs for one of colour."""
@@ -238,6 +354,7 @@ def open_images(files: Sequence[str], config) -> torch.Tensor:
 FAMILIES = {
     **dict.fromkeys(("zoo_gpt", "gpt2", "zoo_bert", "bert"), draw_text),
     **dict.fromkeys(("zoo_vit", "vit", "zoo_vit_mae", "vit_mae"), draw_images),
+    **dict.fromkeys(("zoo_detr", "detr"), draw_detections),
 }
 
 

@@ -1,42 +1,48 @@
 """From plain arrays to pictures. Each function returns a matplotlib Figure; `figure.savefig(path)` keeps it.
 
 Colours are a single hue from light to dark, or viridis and inferno, whose lightness only ever rises: they read the same
-in print and for every kind of colour vision. Images are (H, W, C) with values from 0 to 1; three channels are shown in
-colour, any other number as their mean, in grey.
+in print and for every kind of colour vision; what has no order, such as classes, has the colours of Okabe and Ito, made
+for that. Images are (H, W, C) with values from 0 to 1; three channels are shown in colour, any other number as their
+mean, in grey. Boxes are left, top, right and bottom as parts of the image.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+from matplotlib.patches import Rectangle
 
 GREY_TEXT = "0.35"
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def curves(metrics_file: str | Path) -> Figure:
-    """The course of a run: training loss (raw and smoothed) and evaluation loss, accuracy if there is one, and the
-    learning rate below.
+    """The course of a run: training loss (raw and smoothed) and evaluation loss, accuracy or average precision if
+    there is one, and the learning rate below.
 
-    metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss", "eval_accuracy". A torn last
-    line, left by a run that was killed while writing, is passed over. Raises ValueError if no line has a loss.
+    metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss", "eval_accuracy", "eval_map".
+    A torn last line, left by a run that was killed while writing, is passed over. Raises ValueError if no line has a
+    loss.
     """
     lines = _read_lines(Path(metrics_file))
-    names = ("loss", "learning_rate", "eval_loss", "eval_accuracy")
-    losses, rates, evaluations, accuracies = (_series(lines, key) for key in names)
+    score = "eval_map" if any("eval_map" in line for line in lines) else "eval_accuracy"
+    names = ("loss", "learning_rate", "eval_loss", score)
+    losses, rates, evaluations, scores = (_series(lines, key) for key in names)
     if not losses[0] and not evaluations[0]:
         raise ValueError(f"{metrics_file}: no line has a loss, nothing to draw")
 
-    heights = [4, 2, 1] if accuracies[0] else [4, 1]
+    heights = [4, 2, 1] if scores[0] else [4, 1]
     figure = Figure(figsize=(7, 1.2 + 0.68 * sum(heights)), dpi=150, layout="constrained")
     upper, *middle, lower = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     if losses[0]:
         steps, values = losses
         upper.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         upper.plot(steps, _smooth(values), color="tab:blue", linewidth=1.6, label="training (smoothed)")
-    for axes, (steps, values) in zip((upper, *middle), (evaluations, accuracies), strict=False):
+    for axes, (steps, values) in zip((upper, *middle), (evaluations, scores), strict=False):
         if steps:
             axes.plot(steps, values, color="tab:orange", marker="o", markersize=4, linewidth=1.2, label="evaluation")
             # On the side away from the curve of the training loss.
@@ -46,7 +52,7 @@ def curves(metrics_file: str | Path) -> Figure:
     upper.set_ylabel("loss")
     upper.legend(frameon=False)
     for axes in middle:
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel("AP" if score == "eval_map" else "accuracy")
     for axes in (upper, *middle):
         axes.margins(y=0.12)  # room for the number
     lower.plot(*rates, color="tab:gray", linewidth=1.2)
@@ -209,6 +215,92 @@ def principal_filters(weight: np.ndarray, num_filters: int = 28) -> Figure:
     return figure
 
 
+def detections(
+    images: Sequence[np.ndarray], found: Sequence[dict], label_names: Sequence[str], true: Sequence[dict] | None = None
+) -> Figure:
+    """What was found in each image, at the right of what there is to find where that is known.
+
+    found, true: for each image `boxes` (n, 4), `labels` (n,), class ids, and of what was found `scores` (n,).
+    """
+    kinds = [("found", found)] if true is None else [("true", true), ("found", found)]
+    across = min(len(images), 3 if true is None else 2)  # images side by side
+    cell, gap, margin, title = 2.3, 0.05, 0.2, 0.24
+    sizes = [_fit(image, cell) for image in images]
+    lines = [sizes[first : first + across] for first in range(0, len(sizes), across)]
+    tops = np.cumsum([title] + [max(height for _, height in line) + 2 * gap for line in lines])
+    step = len(kinds) * (cell + gap) + margin
+    figure = Figure(figsize=(across * step - margin + gap, tops[-1]), dpi=150)
+    for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        line, place = divmod(number, across)
+        for column, (name, objects) in enumerate(kinds):
+            left = gap + place * step + column * (cell + gap)
+            axes = _place(figure, left, tops[line], *size, "" if line else name)
+            _show(axes, image)
+            _outline(axes, image, **objects[number], label_names=label_names)
+    return figure
+
+
+def query_slots(boxes: np.ndarray) -> Figure:
+    """Where each query of a DETR looks (Carion et al. 2020, figure 7): the middles of the boxes that it predicts, one
+    panel a query, all images drawn as squares. Of more than 100 queries only some are shown, evenly spread.
+
+    boxes: (B, Q, 4), NaN where a query has none.
+    """
+    chosen = np.unique(np.linspace(0, boxes.shape[1] - 1, min(boxes.shape[1], 100)).round().astype(int))
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    x, y = boxes[..., 0] + width / 2, boxes[..., 1] + height / 2
+    is_small = width * height < 0.04  # a fifth of each side
+    kinds = {
+        "small": is_small,
+        "large, wide": ~is_small & (width >= height),
+        "large, tall": ~is_small & (width < height),
+    }
+    columns = math.ceil(len(chosen) ** 0.5)
+    lines, cell, gap, title = -(-len(chosen) // columns), 0.85, 0.07, 0.3
+    size = max(columns * (cell + gap) + gap, 3.2), title + lines * (cell + gap)
+    figure = Figure(figsize=size, dpi=150)
+    point = float(np.clip(300 / len(boxes), 0.3, 12))
+    for number, query in enumerate(chosen):
+        line, column = divmod(number, columns)
+        axes = _place(figure, gap + column * (cell + gap), title + line * (cell + gap), cell, cell)
+        axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
+        axes.set(xlim=(0, 1), ylim=(1, 0))
+        for color, (name, is_kind) in zip(("#009e73", "#d55e00", "#0072b2"), kinds.items(), strict=True):
+            shown = is_kind[:, query]
+            axes.scatter(x[shown, query], y[shown, query], s=point, color=color, linewidths=0, alpha=0.7, label=name)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper left", ncols=3, frameon=False, fontsize=8, handletextpad=0, markerscale=2)
+    return figure
+
+
+def box_attention(
+    image: np.ndarray, found: dict, maps: np.ndarray, label_names: Sequence[str], reach: Sequence[float] = (1, 1)
+) -> Figure:
+    """What a decoder looks at for each box (Carion et al. 2020, figure 6), as light on the image, behind the image with
+    all boxes. Every map has a scale of its own, from its least to its greatest value.
+
+    found: as for `detections`; maps: (n, rows, columns); reach: height and width of a map as parts of the image's.
+    """
+    width, height = _fit(image, 2.3)
+    columns = min(4, 1 + len(maps))
+    lines, gap, title = -(-(1 + len(maps)) // columns), 0.06, 0.24
+    size = columns * (width + gap) + gap, lines * (height + title)
+    figure = Figure(figsize=size, dpi=150)
+    for number, map in enumerate([None, *maps]):
+        line, column = divmod(number, columns)
+        place = (gap + column * (width + gap), title + line * (height + title), width, height)
+        if map is None:
+            axes = _place(figure, *place)
+            _show(axes, image)
+            _outline(axes, image, **found, label_names=label_names)
+        else:
+            box, label, score = (found[name][number - 1] for name in ("boxes", "labels", "scores"))
+            axes = _place(figure, *place, _shorten(label_names[label], 16) + f" {score:.0%}")
+            _show_map(axes, image, map, reach)
+            _outline(axes, image, [box], [label])
+    return figure
+
+
 def token_attention_overview(attentions: np.ndarray) -> Figure:
     """Every head of every layer as a small map of which token (row) looks at which (column).
 
@@ -265,8 +357,28 @@ def _place(figure: Figure, left: float, top: float, width: float, height: float,
         (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height), xticks=[], yticks=[]
     )
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=8, color=GREY_TEXT, pad=3)
+    axes.set_title(title, fontsize=8, color=GREY_TEXT, pad=3, parse_math=False)
     return axes
+
+
+def _fit(image: np.ndarray, side: float) -> tuple[float, float]:
+    """Width and height of the image, its longer side as given; a line of pixels is made thick enough to see."""
+    height, width = image.shape[:2]
+    return tuple(side * max(length / max(height, width), 0.02) for length in (width, height))
+
+
+def _outline(axes, image: np.ndarray, boxes, labels, scores=None, label_names: Sequence[str] | None = None):
+    """Boxes over an image, the colour by class; with their names, and scores, where these are given."""
+    height, width = image.shape[:2]
+    for number, ((left, top, right, bottom), label) in enumerate(zip(boxes, labels, strict=True)):
+        color, place = COLORS[label % len(COLORS)], (left * width - 0.5, top * height - 0.5)
+        across, down = (right - left) * width, (bottom - top) * height
+        axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=color, linewidth=1.2))
+        if label_names is not None:
+            name = _shorten(label_names[label], 16) + ("" if scores is None else f" {scores[number]:.0%}")
+            frame = {"boxstyle": "square,pad=0.1", "facecolor": color, "edgecolor": "none"}
+            style = {"fontsize": 5, "color": "white", "va": "top", "clip_on": True, "parse_math": False}
+            axes.text(max(place[0], -0.5), max(place[1], -0.5), name, bbox=frame, **style)
 
 
 def _show(axes, image: np.ndarray):
@@ -276,13 +388,17 @@ def _show(axes, image: np.ndarray):
     axes.imshow(np.clip(np.where(np.isnan(image), 0.6, image), 0, 1), aspect="auto")
 
 
-def _show_map(axes, image: np.ndarray, map: np.ndarray):
-    """A map (rows, columns) as colour over the image, which stays visible in grey."""
+def _show_map(axes, image: np.ndarray, map: np.ndarray, reach: Sequence[float] = (1, 1)):
+    """A map (rows, columns) as colour over the image, which stays visible in grey.
+
+    reach: height and width of the map as parts of the image's, which it may go beyond.
+    """
     height, width = image.shape[:2]
     axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1, aspect="auto")
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    extent = (-0.5, width * reach[1] - 0.5, height * reach[0] - 0.5, -0.5)
     # matplotlib's "bicubic" would lower a peak of one patch; "hermite" is as smooth and goes through every value.
     axes.imshow(map, cmap="inferno", alpha=0.65, extent=extent, interpolation="hermite", aspect="auto")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def _show_weights(axes, weights: np.ndarray):

@@ -1,5 +1,6 @@
 """The model that `--model` names: a fresh one of the zoo, or a checkpoint to start from."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BaseImageProcessor,
+    DetrImageProcessorPil,
     ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,8 +17,12 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from hf_models import ZooViTForImageClassification
 from hf_models.zoo import check_fields, create_config, create_model, find_entry
 from training.arguments import parse_fields
+
+# What in the body of a model there is one of for each class.
+PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")
 
 
 def is_checkpoint(name: str) -> bool:
@@ -39,7 +45,8 @@ def load_or_create(
         config: fields to change, as `--config` takes them.
         fields: more fields of the config.
         from_data: fields of a fresh model.
-        new_head: whether a head of another size than the checkpoint's begins anew, or is refused.
+        new_head: whether a head of another size than the checkpoint's, and what else there is one of for each class,
+            begins anew, or is refused.
     """
     given = parse_fields(config)
     check_fields(model_class.config_class, given)
@@ -50,7 +57,7 @@ def load_or_create(
         name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **fields
     )
     for key, *_ in sorted(info["mismatched_keys"]):  # these would begin anew
-        if not new_head or key.startswith(f"{model.base_model_prefix}."):
+        if not new_head or (key.startswith(f"{model.base_model_prefix}.") and not PER_CLASS.search(key)):
             raise ValueError(f"config: {key} of {name} has another size; leave its size unchanged")
     return model
 
@@ -111,7 +118,12 @@ def is_own_tokenizer(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> boo
 
 
 # What a checkpoint's config calls the models that one of images can start from.
-IMAGE_MODELS = {"zoo_vit": ["zoo_vit", "vit", "zoo_vit_mae", "vit_mae"], "zoo_vit_mae": ["zoo_vit_mae", "vit_mae"]}
+IMAGE_MODELS = {
+    "zoo_vit": ["zoo_vit", "vit", "zoo_vit_mae", "vit_mae"],
+    "zoo_vit_mae": ["zoo_vit_mae", "vit_mae"],
+    "zoo_detr": ["zoo_detr", "detr"],
+}
+ZOO_NAMES = {"zoo_vit": "vit-*", "zoo_vit_mae": "vit-mae-*", "zoo_detr": "detr-*"}
 
 
 def starting_config(name: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -122,8 +134,9 @@ def starting_config(name: str, model_class: type[PreTrainedModel]) -> PreTrained
     family = model_class.config_class.model_type
     if not is_checkpoint(name):
         if find_entry(name).config_class is not model_class.config_class:
-            kinds = "vit-mae-*" if family == "zoo_vit_mae" else "vit-*"
-            raise ValueError(f"--model {name} is no {model_class.__name__}: `python -m hf_models` lists them, {kinds}")
+            raise ValueError(
+                f"--model {name} is no {model_class.__name__}: `python -m hf_models` lists them, {ZOO_NAMES[family]}"
+            )
         return create_config(name)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -143,8 +156,8 @@ def create_image_model(
     label_names: list[str] | None = None,
     **fields,
 ) -> PreTrainedModel:
-    """A fresh model of the zoo for images, or a checkpoint to go on from: of the same family, or the encoder of a
-    masked autoencoder, ours or stock.
+    """A fresh model of the zoo for images, or a checkpoint to go on from: of the same family, or for a classifier the
+    encoder of a masked autoencoder, ours or stock.
 
     Args:
         config: fields to change in the config, as `--config` takes them.
@@ -159,20 +172,39 @@ def create_image_model(
     if label_names is not None:
         fields["id2label"] = dict(enumerate(label_names))
         fields["label2id"] = {label: number for number, label in enumerate(label_names)}
-        fields["problem_type"] = "single_label_classification"
+        if model_class is ZooViTForImageClassification:
+            fields["problem_type"] = "single_label_classification"
     return load_or_create(name, model_class, device, config, fields, {}, new_head=label_names is not None)
+
+
+def read_image_processor(name: str) -> dict:
+    """What the checkpoint's image processor was saved with; nothing if there is none."""
+    if not is_checkpoint(name):
+        return {}
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        return {}
 
 
 def normalisation_of(name: str, num_channels: int) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation of each channel that the checkpoint's image processor has; None if it has none."""
-    if not is_checkpoint(name):
-        return None
-    try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
+    if not (processor := read_image_processor(name)):
         return None
     values = (processor.get(field, 0.5) for field in ("image_mean", "image_std"))  # 0.5: the default of a stock ViT
     return tuple(value if isinstance(value, list) else [value] * num_channels for value in values)
+
+
+def edges_of(name: str) -> tuple[int | None, int | None] | None:
+    """The pixels that the image processor of a detector's checkpoint gives the shorter side, and the most of the longer
+    one; both None where images keep their size. None if there is no processor, or it makes all images one size."""
+    processor = read_image_processor(name)
+    if not processor.get("do_resize", True):
+        return None, None
+    size = processor.get("size")
+    if isinstance(size, int):  # in older files
+        return size, processor.get("max_size")
+    return (size["shortest_edge"], size.get("longest_edge")) if size and "shortest_edge" in size else None
 
 
 def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> BaseImageProcessor:
@@ -188,5 +220,22 @@ def create_image_processor(size: tuple[int, int], mean: list[float], std: list[f
         crop_size=frame,
         resample=PILImageResampling.BICUBIC,
         image_mean=mean[0] if is_grey else mean,  # a number: a pipeline makes a grey image three equal channels first
+        image_std=std[0] if is_grey else std,
+    )
+
+
+def create_detection_processor(
+    shortest_edge: int | None, longest_edge: int | None, mean: list[float], std: list[float]
+) -> DetrImageProcessorPil:
+    """What a pipeline prepares images with as the evaluation of a DETR does, and what makes boxes of its answers: the
+    shorter side is resized to `shortest_edge` pixels, or to fewer where the longer one would else have more than
+    `longest_edge`; every channel is normalised. None: as it is, or without such a limit."""
+    is_grey = len(mean) == 1
+    return DetrImageProcessorPil(
+        do_convert_rgb=len(mean) == 3,
+        do_resize=shortest_edge is not None,
+        size={"shortest_edge": shortest_edge or 800, "longest_edge": longest_edge or 10**6},
+        resample=PILImageResampling.BICUBIC,
+        image_mean=mean[0] if is_grey else mean,  # a number, as in `create_image_processor`
         image_std=std[0] if is_grey else std,
     )

@@ -8,9 +8,17 @@ import transformers
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from hf_models import ZooBertModel, ZooGPTModel, ZooViTMAEForPreTraining, ZooViTModel
+from hf_models import (
+    ZooBertModel,
+    ZooDetrConfig,
+    ZooDetrForObjectDetection,
+    ZooGPTModel,
+    ZooViTMAEForPreTraining,
+    ZooViTModel,
+)
 from training import draw, figures
 from training.figures import confusion_matrix, curves
+from training.models import create_detection_processor
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -60,6 +68,12 @@ def test_accuracy_has_a_panel_where_it_was_measured(tmp_path):
     upper, middle, lower = curves(write(tmp_path, [*TRAINING, *evaluations])).axes
     assert [axes.get_ylabel() for axes in (upper, middle, lower)] == ["loss", "accuracy", "learning rate"]
     assert list(middle.lines[0].get_ydata()) == [0.4, 0.8]
+
+
+def test_average_precision_has_that_panel_for_boxes(tmp_path):
+    evaluations = [{"step": 40, "eval_loss": 1.0, "eval_map": 0.25, "eval_map_50": 0.5}]
+    middle = curves(write(tmp_path, [*TRAINING, *evaluations])).axes[1]
+    assert middle.get_ylabel() == "AP" and list(middle.lines[0].get_ydata()) == [0.25]
 
 
 # ----------------------------------------------------------------------------------------------- confusion matrix
@@ -250,6 +264,98 @@ def test_filters_that_are_all_the_same_are_said():
         figures.principal_filters(np.ones((8, 3, 4, 4)))
 
 
+# ---------------------------------------------------------------------------------------------------------- boxes
+
+
+@pytest.fixture
+def make_detr():
+    """A tiny DETR whose cells have 8 pixels."""
+
+    def make_detr(**fields):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 2}
+        backbone = {"backbone": "resnet-mini", "backbone_norm": "group"}
+        labels = {"id2label": {0: "cat", 1: "dog", 2: "$x$"}}
+        config = ZooDetrConfig(**{"num_attention_heads": 2, "num_queries": 5, **sizes, **backbone, **labels, **fields})
+        return ZooDetrForObjectDetection(config).eval()
+
+    return make_detr
+
+
+@pytest.fixture
+def processor():
+    return create_detection_processor(40, 100, MEAN, STD)
+
+
+PHOTOGRAPHS = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+BOXES = {"boxes": np.array([[0, 0, 0.5, 1], [0.25, 0.5, 1, 1]]), "labels": [0, 2], "scores": [0.9, 0.123]}
+
+
+def outlines_of(axes):
+    """The corners of the rectangles drawn: left, top, right, bottom, in pixels."""
+    boxes = [patch.get_bbox() for patch in axes.patches]
+    return [[box.x0 + 0.5, box.y0 + 0.5, box.x1 + 0.5, box.y1 + 0.5] for box in boxes]
+
+
+def test_boxes_are_drawn_with_their_names_beside_the_true_ones():
+    images = [np.zeros((20, 40, 3)), np.zeros((30, 30, 1)), np.zeros((1, 400, 3))]
+    nothing = {"boxes": np.zeros((0, 4)), "labels": [], "scores": []}
+    true = [{"boxes": BOXES["boxes"][:1], "labels": [0]}, *[{"boxes": [], "labels": []}] * 2]
+    figure = figures.detections(images, [BOXES, nothing, nothing], ["cat", "dog", "$x$"], true)
+    figure.draw_without_rendering()
+    assert [axes.get_title() for axes in figure.axes] == ["true", "found"] * 2 + [""] * 2
+    expected, found = figure.axes[:2]
+    assert outlines_of(expected) == [[0, 0, 20, 20]] and outlines_of(found) == [[0, 0, 20, 20], [10, 10, 40, 20]]
+    assert [text.get_text() for text in found.texts] == ["cat 90%", "$x$ 12%"]
+    assert expected.patches[0].get_edgecolor() == found.patches[0].get_edgecolor() != found.patches[1].get_edgecolor()
+    assert len(figures.detections(images, [nothing] * 3, ["cat"]).axes) == 3  # where nothing is known to be true
+
+
+def test_detections_are_what_the_processor_makes_of_the_answers(make_detr, processor):
+    model = make_detr()
+    inputs = processor(PHOTOGRAPHS[0], return_tensors="pt")
+    expected = processor.post_process_object_detection(model(**inputs), threshold=0)[0]
+    found, *_ = draw.detect(model, processor, PHOTOGRAPHS[0])
+    for name in ("scores", "labels", "boxes"):
+        np.testing.assert_allclose(found[name], expected[name].detach(), atol=1e-6)
+    threshold = float(np.median(found["scores"]))
+    (axes,) = draw.detections(model, processor, PHOTOGRAPHS[:1], threshold).axes
+    assert len(axes.patches) == len(axes.texts) == 3
+
+
+def test_each_query_has_a_panel_of_where_its_boxes_are():
+    small, wide, tall = [0.1, 0.1, 0.2, 0.2], [0, 0.25, 1, 0.75], [0.5, 0, 1, 1]
+    boxes = np.array([[small, small], [wide, tall], [tall, [np.nan] * 4]])
+    figure = figures.query_slots(boxes)
+    panels = [[points.get_offsets().tolist() for points in axes.collections] for axes in figure.axes]
+    np.testing.assert_allclose(np.concatenate(panels[0]), [[0.15, 0.15], [0.5, 0.5], [0.75, 0.5]])
+    assert [len(points) for points in panels[1]] == [1, 0, 1]  # small; large and wide; large and tall
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["small", "large, wide", "large, tall"]
+    assert len(figures.query_slots(np.random.default_rng(0).random((2, 300, 4))).axes) == 100
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"classification_loss": "focal", "anchor_queries": True, "spatial_prior": True}]
+)
+def test_attention_is_that_of_the_last_layer_for_each_box_found(make_detr, processor, fields):
+    model = make_detr(**fields)
+    figure = draw.decoder_attention(model, processor, PHOTOGRAPHS[0], threshold=0)
+    outputs = model.eval()(**processor(PHOTOGRAPHS[0], return_tensors="pt"), output_attentions=True)
+    scores = outputs.logits.softmax(-1)[0, :, :-1].max(-1).values
+    expected = outputs.cross_attentions[-1][0].mean(0)[scores.argsort(descending=True)]
+    whole, *panels = figure.axes
+    assert len(whole.patches) == len(panels) == 5
+    np.testing.assert_allclose(
+        np.stack([axes.images[1].get_array() for axes in panels]), expected.unflatten(1, (5, 8)).detach(), atol=1e-5
+    )
+    # 59 pixels are 7.4 cells, so the eighth column reaches out of the image.
+    left, right, *_ = panels[0].images[1].get_extent()
+    assert (right - left) / PHOTOGRAPHS[0].width == pytest.approx(64 / 59) and panels[0].get_xlim()[1] == 639.5
+
+
+def test_without_a_likely_box_the_best_one_is_drawn(make_detr, processor):
+    assert len(draw.decoder_attention(make_detr(), processor, PHOTOGRAPHS[0], threshold=1.1).axes) == 2
+
+
 # ------------------------------------------------------------------------------------------------ token attention
 
 
@@ -337,6 +443,31 @@ def test_a_masked_autoencoder_is_drawn_with_its_reconstructions(run, make_vit):
 @pytest.mark.parametrize("model_class", [transformers.ViTForImageClassification, transformers.ViTMAEForPreTraining])
 def test_stock_models_of_images_are_drawn(run, stock_vit, model_class):
     assert set(VIT_FIGURES) <= set(run(stock_vit(model_class))[0])
+
+
+DETR_FIGURES = ["decoder_attention", "detections"]
+
+
+def test_a_detr_is_drawn_on_photographs(run, make_detr, processor, tmp_path):
+    processor.save_pretrained(tmp_path / "checkpoint")
+    pictures, printed = run(make_detr())
+    assert pictures == DETR_FIGURES
+    assert "no query_slots: 2 images are too few" in printed
+
+
+def test_a_detr_of_grey_images_is_drawn_on_digits(run, make_detr, tmp_path):
+    create_detection_processor(32, 48, [0.5], [0.5]).save_pretrained(tmp_path / "checkpoint")
+    assert run(make_detr(num_channels=1))[0] == [*DETR_FIGURES, "query_slots"]
+
+
+def test_a_stock_detr_is_drawn(run, processor, tmp_path):
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    backbone = transformers.ResNetConfig(**resnet, out_features=["stage2"])
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
+    processor.save_pretrained(tmp_path / "checkpoint")
+    config = transformers.DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes)
+    assert run(transformers.DetrForObjectDetection(config))[0] == DETR_FIGURES
 
 
 def test_models_of_text_are_drawn(run, make_gpt, tokenizer):

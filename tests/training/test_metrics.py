@@ -1,6 +1,9 @@
 import gc
+import json
 import math
 import os
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from training.metrics import (
+    COCO_MEASURES,
     Classification,
+    CocoDetection,
     Entities,
     ImageClassification,
     LanguageModeling,
@@ -187,3 +192,90 @@ def test_entities_count_only_if_type_and_borders_are_right():
 def test_without_entities_every_measure_is_zero():
     result = load_metric(Entities).compute(predictions=[["O", "O"]], references=[["O", "O"]])
     assert result == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------- detection
+
+
+COLUMNS = ("boxes", "scores", "labels", "true_boxes", "true_labels", "true_areas", "crowd")
+
+
+def detected(found, true, num_labels=2, image_ids=None) -> dict:
+    """Measures of what was found, (box, score, label), and what is true, (box, label, is crowd), in each image."""
+    metric = load_metric(CocoDetection)
+    for number, (answers, objects) in enumerate(zip(found, true, strict=True)):
+        columns = [[answer[n] for answer in answers] for n in range(3)] + [
+            [thing[n] for thing in objects] for n in (0, 1)
+        ]
+        areas = [(box[2] - box[0]) * (box[3] - box[1]) for box, *_ in objects]
+        columns += [areas, [crowd for *_, crowd in objects]]
+        metric.add(image_ids=image_ids[number] if image_ids else number, **dict(zip(COLUMNS, columns, strict=True)))
+    return metric.compute(num_labels=num_labels)
+
+
+SMALL, OTHER, LARGE = [0, 0, 20, 20], [50, 50, 70, 70], [0, 0, 200, 100]
+
+
+def test_boxes_by_hand():
+    """Half of class 1 is found, and nothing else is."""
+    result = detected([[(SMALL, 0.9, 1)], [(OTHER, 0.8, 1)]], [[(SMALL, 1, 0)], [(SMALL, 1, 0), (LARGE, 0, 0)]])
+    assert result["per_class_map"] == [0.0, pytest.approx(51 / 101)]  # of 101 recalls those to 0.5 have precision 1
+    assert result["map"] == result["map_50"] == result["map_75"] == pytest.approx(51 / 202)
+    assert result["map_small"] == pytest.approx(51 / 101) and result["map_large"] == 0
+    assert result["map_medium"] == result["mar_medium"] == -1  # there is none
+    assert result["mar_1"] == result["mar_100"] == pytest.approx(0.25)
+
+
+def test_a_box_counts_at_each_overlap_that_it_reaches():
+    result = detected([[([0, 0, 20, 14.1], 0.5, 0)]], [[(SMALL, 0, 0)]], num_labels=1)  # IoU 0.705: 0.5 to 0.7
+    assert result["map"] == pytest.approx(0.5) and (result["map_50"], result["map_75"]) == (pytest.approx(1), 0)
+
+
+def test_a_box_found_twice_is_wrong_once():
+    twice = detected([[(SMALL, 0.4, 0), (SMALL, 0.9, 0)], [(SMALL, 0.3, 0)]], [[(SMALL, 0, 0)]] * 2, num_labels=1)
+    assert twice["map_50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_what_is_found_in_a_crowd_counts_for_nothing():
+    result = detected([[(SMALL, 0.9, 0), (OTHER, 0.5, 0)]], [[(SMALL, 0, 1), (OTHER, 0, 0)]], num_labels=1)
+    assert result["map"] == pytest.approx(1)
+
+
+def test_without_boxes_there_is_no_precision_and_without_answers_none_that_is_good():
+    assert set(detected([[], []], [[], []])["per_class_map"]) == {-1.0}
+    result = detected([[]], [[(SMALL, 1, 0)]])
+    assert (result["map"], result["per_class_map"]) == (0, [-1, 0])
+
+
+def test_an_image_counts_once_and_numbers_are_finite():
+    with pytest.raises(ValueError, match="image_ids has 7 2 times"):
+        detected([[], []], [[], []], image_ids=[7, 7])
+    with pytest.raises(ValueError, match="image 1 has a box or a score that is not finite"):
+        detected([[], [([0, 0, math.nan, 1], 0.5, 0)]], [[], []])
+
+
+@pytest.mark.skipif("HF_MODELS_TEST_DATA" not in os.environ, reason="needs HF_MODELS_TEST_DATA")
+def test_coco_measures_are_those_of_pycocotools():
+    folder = Path(os.environ["HF_MODELS_TEST_DATA"], "coco_eval")
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    answers = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    ids = sorted(category["id"] for category in truth["categories"])
+    columns = {image["id"]: defaultdict(list) for image in reversed(truth["images"])}  # in any order
+    for prefix, annotations in (("", answers), ("true_", truth["annotations"])):
+        for annotation in annotations:
+            column, (left, top, width, height) = columns[annotation["image_id"]], annotation["bbox"]
+            column[f"{prefix}boxes"].append([left, top, left + width, top + height])
+            column[f"{prefix}labels"].append(ids.index(annotation["category_id"]))
+            if prefix:
+                column["true_areas"].append(annotation["area"])
+                column["crowd"].append(annotation["iscrowd"])
+            else:
+                column["scores"].append(annotation["score"])
+    metric = load_metric(CocoDetection)
+    for image, column in columns.items():
+        metric.add(image_ids=image, **{name: column[name] for name in COLUMNS})
+    result = metric.compute(num_labels=len(ids))
+    expected = [0.504581, 0.696973, 0.572982, 0.585626, 0.5194, 0.501398]  # pycocotools 2.0.11
+    expected += [0.386813, 0.59368, 0.595353, 0.639811, 0.566421, 0.564291]
+    assert [result[name] for name in COCO_MEASURES] == pytest.approx(expected, abs=1e-5)
+    assert np.mean([score for score in result["per_class_map"] if score != -1]) == pytest.approx(result["map"])
