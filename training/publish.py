@@ -18,6 +18,9 @@ PICTURES = {
     "curves.png": "Loss during training",
     "confusion_matrix.png": "Confusion matrix: the classes of held-out images and what they were taken for",
     "reconstructions.png": "Held-out images, what was left of them, and their reconstructions",
+    "detections.png": "Held-out images with what was found in them, and beside them with what is there",
+    "decoder_attention.png": "Where the decoder looks for each box that it finds",
+    "query_slots.png": "Where each query finds objects in all held-out images (Carion et al. 2020, figure 7)",
 }
 EXAMPLE = "example.png"  # an image for the snippet, in which its place is called EXAMPLE
 
@@ -35,6 +38,7 @@ USES = {
     "token-classification": 'print(tag("Ada Lovelace was born in London.", aggregation_strategy="first"))',
     "question-answering": 'print(model.answer(tokenizer, "Who was born?", "Ada was born in London.")[0].text)',
     "image-classification": "print(classify(EXAMPLE))",
+    "object-detection": 'print(*detect(EXAMPLE), sep="\\n")',  # score, label and box of each
     "image-reconstruction": 'print(model(**processor(EXAMPLE, return_tensors="pt")).loss)',
 }
 # The Hub's name of a task, where it has no finer one.
@@ -59,7 +63,7 @@ def snippet(source: str | Path, task: str = "text-generation") -> str:
             f"{processor} = {processor_class}.from_pretrained({where})",
         ]
     else:
-        variable = USES[task].removeprefix("print(").split("(")[0]
+        variable = USES[task].removeprefix("print(").lstrip("*").split("(")[0]
         load = f"{variable} = pipeline({_quote(PIPELINES.get(task, task))}, model={where})"
         lines = ["from transformers import pipeline", load]
     is_local = Path(source).exists()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,6 +46,11 @@ SCRIPTS = {  # what each needs besides; `data` is one of those that Trainers wri
         **{"num_workers": 0, "crop_scale": 0.3, "flip": 0.5},
         "config": {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
     },
+    "train_detr": {
+        **{"data": "shapes", "model": "detr-mini", "num_workers": 1, "optimizer": "adamw", "learning_rate": 1e-3},
+        **{"shortest_edge": 32, "scale_jitter": 0.2, "crop": 0.5, "flip": 0.5, "color_jitter": 0.2},
+        "config": {"intermediate_size": 32, "num_decoder_layers": 2, "num_queries": 8, "num_denoising_groups": 2},
+    },
 }
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -74,6 +79,22 @@ class Run:
         return code
 
 
+def draw_shapes(folder: Path, name: str, choose: random.Random):
+    """A picture with up to three shapes, none in some, and their boxes in YOLO's form."""
+    width, height = choose.randint(30, 50), choose.randint(30, 50)
+    picture, lines = Image.effect_noise((width, height), 20), []
+    for _ in range(choose.randint(0, 3)):
+        w, h = choose.randint(8, 16), choose.randint(8, 16)
+        x, y, label = choose.randint(0, width - w), choose.randint(0, height - h), choose.randint(0, 1)
+        draw = ImageDraw.Draw(picture)
+        [draw.ellipse, draw.rectangle][label]((x, y, x + w - 1, y + h - 1), fill=choose.randint(180, 255))
+        lines.append(f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}")
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    picture.save(folder / "images" / f"{name}.png")
+    (folder / "labels" / f"{name}.txt").write_text("\n".join(lines))
+
+
 class Trainers:
     """Starts trainings, all on the same text."""
 
@@ -92,6 +113,9 @@ class Trainers:
             size = choose.randint(8, 30), choose.randint(8, 30)
             shade = 128 * (number % 2) + choose.randint(0, 127)
             Image.effect_noise(size, 50).point(lambda value, shade=shade: (value + shade) // 2).save(picture)
+        for number in range(40):
+            draw_shapes(folder / "shapes", f"{number}", choose)
+        (folder / "shapes" / "classes.txt").write_text("ellipse\nrectangle\n")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
             "HF_HOME": str(folder / "cache"),

@@ -69,6 +69,24 @@ def test_one_two_and_again_one_process_lose_and_repeat_no_sample(trainers, singl
     assert_close(run, single)
 
 
+def test_a_detector_is_trained_by_one_two_and_again_one_process(trainers, tmp_path):
+    options = {"script": "train_detr", **EVERY_STEP}
+    trainers.run(tmp_path / "single", **options)
+    trainers.run(tmp_path / "run", "--fault", "terminate:step:8", **options)
+    trainers.run_ranks(tmp_path / "run", 2, "--fault", "terminate:step:9@1", micro_batch_size=2, **options)
+    assert checkpoint_names(tmp_path / "run")[-1] == "step-000017"
+    trainers.run(tmp_path / "run", micro_batch_size=2, **options)
+    assert_close(tmp_path / "run", tmp_path / "single")
+
+
+@pytest.mark.slow
+def test_a_detector_is_trained_on_shards_too(trainers, tmp_path):
+    options = {"script": "train_detr", **EVERY_STEP}
+    trainers.run(tmp_path / "single", **options)
+    trainers.run_ranks(tmp_path / "run", 2, env=FSDP2, **options)
+    assert_close(tmp_path / "run", tmp_path / "single")
+
+
 def test_a_killed_run_goes_on_with_another_number_of_processes(trainers, single, tmp_path):
     runs = trainers.start_ranks(tmp_path / "run", 2, "--fault", "kill:update:10@1", **EVERY_STEP)
     assert [run.wait() for run in runs][1] == -signal.SIGKILL

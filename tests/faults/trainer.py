@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
-from training import checkpoint, loop, processes, results, stream, text, train_gpt
+from training import checkpoint, loop, processes, results, shards, stream, text, train_gpt
 from training.documents import Corpus, Documents
 
 PLACES = {
@@ -40,7 +40,7 @@ PLACES = {
     "curves": (results, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),
-    "shard": (stream, "write_atomic"),
+    "shard": (shards, "write_atomic"),
 }
 
 
@@ -165,7 +165,8 @@ def main(argv: list[str]):
 
 
 def serve():
-    for module in ("training.train_bert", "training.finetune_bert", "training.train_vit", "sklearn.linear_model"):
+    scripts = ("train_bert", "finetune_bert", "train_vit", "train_detr")
+    for module in (*(f"training.{script}" for script in scripts), "sklearn.linear_model", "faster_coco_eval"):
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)

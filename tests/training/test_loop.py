@@ -17,7 +17,7 @@ from tests.faults.processes import checkpoint_names, files, in_a_process, losses
 from training import loop, resume
 from training.arguments import RunArguments
 from training.checkpoint import Checkpoints
-from training.loop import count, identify, seed_from, train
+from training.loop import count, identify, move, seed_from, train
 from training.processes import micro_batches, speed_up_cpu_matmul
 from training.results import MetricsLog
 
@@ -32,10 +32,12 @@ FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema
         ("finetune_bert", "adamw", [(2, 2)]),
         ("train_vit", "muon", [(2, 2)]),
         ("train_vit-mae", "adamw", [(2, 2)]),
+        ("train_detr", "adamw", [(2, 2)]),
         pytest.param("train_gpt", "adamw", [(1, 2), (2, 4), (2, 1), (4, 2), (4, 1)], marks=pytest.mark.slow),
         pytest.param("train_gpt", "muon", [(4, 2), (4, 1)], marks=pytest.mark.slow),
         pytest.param("train_vit", "muon", [(1, 2), (1, 4), (2, 4), (4, 2)], marks=pytest.mark.slow),
         pytest.param("train_vit-mae", "muon", [(1, 1), (1, 4), (4, 1)], marks=pytest.mark.slow),
+        pytest.param("train_detr", "muon", [(1, 2), (2, 4), (4, 2)], marks=pytest.mark.slow),
     ],
 )
 def test_fifty_steps_have_the_same_losses_however_the_batch_is_shared(trainers, tmp_path, script, optimizer, layouts):  # noqa: F811
@@ -174,6 +176,34 @@ def train_line(folder, scores=SCORES, monitor="eval_score", measured=None, data=
 def evaluations(folder) -> dict[int, float]:
     """The weight that each evaluation saw."""
     return {line["step"]: line["eval_weight"] for line in read_metrics(folder) if "eval_weight" in line}
+
+
+# ---- batches ----
+
+
+def test_a_batch_moves_to_the_device_with_the_lists_and_dicts_in_it():
+    labels = [{"boxes": torch.ones(2, 4)}, {"boxes": torch.ones(0, 4)}]
+    moved = move({"x": torch.ones(3), "labels": labels}, torch.device("meta"))
+    assert [tensor.is_meta for tensor in (moved["x"], *(label["boxes"] for label in moved["labels"]))] == [True] * 3
+    assert moved["labels"][1]["boxes"].shape == (0, 4)
+
+
+def test_a_batch_that_the_model_refuses_ends_the_run_and_is_named(tmp_path, capsys):
+    data = Points()
+    data.batch = lambda step, positions: {"x": torch.ones(1), **({"unknown": torch.ones(1)} if step == 3 else {})}
+    refuse, forward = ValueError("image 1 (image_id 7) of the batch: no box"), Line.forward
+
+    def refusing(self, x, num_items_in_batch, unknown=None):
+        if unknown is not None:
+            raise refuse
+        return forward(self, x, num_items_in_batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Line, "forward", refusing)
+        patch.setattr(data, "num_units", lambda batch: 1)
+        train_line(tmp_path, data=data, monitor=None)
+    assert ended.value.code == 3
+    assert "step 4, positions 0..1 of its global batch: image 1 (image_id 7) of the batch" in capsys.readouterr().err
 
 
 # ---- what a loss is divided by ----

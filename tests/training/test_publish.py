@@ -133,6 +133,12 @@ def test_the_snippet_is_three_lines_that_load_and_use_the_checkpoint(tmp_path):
         snippet("runs/a", task="cooking")
 
 
+def test_the_snippet_of_a_detector_prints_a_line_for_each_object(tmp_path):
+    load, use = snippet(tmp_path, "object-detection").splitlines()[1:]
+    assert load.startswith('detect = pipeline("object-detection", model=')
+    assert use == f'print(*detect("{tmp_path}/example.png"), sep="\\n")'
+
+
 def test_the_snippet_runs(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

@@ -10,6 +10,7 @@ from training.finetune_bert import FineTuningArguments
 from training.models import is_checkpoint
 from training.tasks import BENCHMARKS
 from training.train_bert import BertArguments
+from training.train_detr import DetrArguments
 from training.train_gpt import GPTArguments
 from training.train_vit import ViTArguments
 
@@ -21,6 +22,7 @@ SCRIPTS = {  # by the beginning of a recipe's name
     "finetune": ("finetune_bert", FineTuningArguments),
     "vit": ("train_vit", ViTArguments),
     "mae": ("train_vit", ViTArguments),
+    "detr": ("train_detr", DetrArguments),
 }
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -74,7 +76,7 @@ def test_a_recipe_to_fine_tune_has_the_task_of_its_data(path):
     assert args.warmup_steps < args.eval_every
 
 
-@pytest.mark.parametrize("name", ["gpt-embedded", "vit-digits"])
+@pytest.mark.parametrize("name", ["gpt-embedded", "vit-digits", "detr-digits"])
 def test_the_quickstart_recipe_says_what_the_script_does_without_one(name):
     arguments = SCRIPTS[name.split("-")[0]][1]
     recipe = parse_arguments(arguments, ["--recipe", str(FOLDER / f"{name}.yaml"), "--output_dir", "runs/x"])

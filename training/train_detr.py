@@ -1,0 +1,221 @@
+"""Train a DETR to find objects: where each of them is in an image, and what it is.
+
+    accelerate launch training/train_detr.py
+    accelerate launch training/train_detr.py --data FOLDER --model detr-small
+
+The first learns to find handwritten digits on canvases, in minutes on a laptop's CPU. `--data` takes a folder in the
+layout of COCO, Pascal VOC or YOLO, a COCO .json, or a data set of the Hub with a column "objects". `--model` takes a
+name of the zoo, or a checkpoint to go on from: ours or a stock DETR; `--backbone_weights` the weights of a trained
+ResNet for a fresh model. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists all options.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
+from hf_models.resnet import load_backbone_weights
+from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
+from training.detection import DetectionData, read_detection
+from training.detection_batches import DetectionBatches, DetectionTransform
+from training.detection_validation import DetectionValidation
+from training.image_batches import channel_statistics
+from training.loop import identify, open_run, train
+from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
+from training.processes import micro_batches
+from training.results import finish
+
+QUICKSTART = {  # minutes on two CPU cores
+    "model": "detr-mini",
+    "max_steps": 1500,
+    "global_batch_size": 16,
+    "optimizer": "muon",
+    "learning_rate": 2e-3,
+    "final_learning_rate": 0.0,
+    "warmup_steps": 50,
+    "max_grad_norm": 0.1,
+    "ema_decay": 0.99,
+    "eval_every": 500,
+}
+MOST_PIXELS = 512  # of the shorter side, where nothing says how large images are to be
+LONGER = 1333 / 800  # the longest side, as a multiple of the shorter one's pixels (Carion et al. 2020, appendix A.4)
+# Options that `DetectionTransform` takes as they are.
+CHANGES = ("scale_jitter", "crop", "crop_scale", "crop_visible", "flip", "color_jitter")
+
+
+@dataclass
+class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
+    config: str | None = option(None, "fields to change in it: 'num_queries=50,dilation=true'", "model")
+    num_channels: int | None = option(None, "1 grey, 3 colour; None: as the checkpoint or the data has it", "model")
+    backbone_weights: str | None = option(
+        None, "weights of a trained ResNet (stock, timm's or ours): a file, a folder or a Hub repository", "model"
+    )
+    backbone_learning_rate: float | None = option(
+        None,
+        "peak rate of the backbone; 0: it does not train; None: learning_rate, a tenth of it for trained weights",
+        "optimization",
+    )
+
+    validation_data: str | None = option(None, "images to validate on, where `data` has no such part", "images")
+    validation_split: Literal["val", "test"] | None = option(None, "part of the data to validate on", "images")
+    validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
+    image_column: str = option("image", "column of the image, in a data set of the Hub", "images")
+    objects_column: str = option("objects", "column of its boxes and their classes", "images")
+    label_names: str | None = option(None, "classes in the order of their ids: 'cat,dog'", "images")
+    shortest_edge: int | None = option(
+        None,
+        f"pixels of an image's shorter side; None: the checkpoint's, or as the images are, at most {MOST_PIXELS}",
+        "images",
+    )
+    longest_edge: int | None = option(None, "most pixels of the longer side; None: 5/3 of the shorter one's", "images")
+    max_bad_images: float = option(0.01, "part of the images that may be missing or unreadable", "images")
+    num_workers: int = option(2, "processes of each trainer that decode image files", "images")
+    eval_batch_size: int = option(16, "images of an evaluation batch", "images")
+
+    scale_jitter: float = option(0.0, "the shorter side loses up to this part of its pixels, by chance", "changes")
+    crop: float = option(0.0, "probability of a random crop", "changes")
+    crop_scale: float = option(0.3, "least part of the area that a crop keeps", "changes")
+    crop_visible: float = option(0.25, "least part of a box that must be in a crop for it to stay a box", "changes")
+    flip: float = option(0.0, "probability of a mirror image", "changes")
+    color_jitter: float = option(0.0, "how far brightness, contrast and saturation change", "changes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        bounds = {"eval_batch_size": 1, "num_workers": 0, "backbone_learning_rate": 0}
+        for name, least in (bounds | {"shortest_edge": 1, "longest_edge": 1}).items():
+            if (value := getattr(self, name)) is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.layer_decay != 1:
+            raise ValueError("layer_decay is for one stack of layers, which a DETR is not: see backbone_learning_rate")
+
+    @property
+    def backbone_is_trained(self) -> bool:
+        """Whether the backbone begins with weights that someone has trained."""
+        return is_checkpoint(self.model) or self.backbone_weights is not None
+
+    @property
+    def backbone_rate(self) -> float:
+        """The backbone's learning rate, as a multiple of `learning_rate`."""
+        if self.backbone_learning_rate is None:
+            return 0.1 if self.backbone_is_trained else 1.0
+        return self.backbone_learning_rate / self.learning_rate
+
+
+def read_data(args: DetrArguments, num_channels: int | None) -> DetectionData:
+    """The images that `--data` names, with their boxes."""
+    names = ("validation_data", "validation_split", "validation_fraction", "image_column", "objects_column")
+    names += ("max_bad_images", "num_workers", "seed")
+    label_names = args.label_names and [name.strip() for name in args.label_names.split(",")]
+    options = {name: getattr(args, name) for name in names}
+    return read_detection(args.data, label_names=label_names, num_channels=num_channels, **options)
+
+
+def create_model(args: DetrArguments, images: DetectionData, device) -> ZooDetrForObjectDetection:
+    """The model that `--model` names for the classes of the data, its backbone with the weights it is to begin with.
+
+    Raises ValueError if those do not fit, or are missing where the backbone cannot learn without."""
+    fields = {"num_channels": images.num_channels}
+    model = create_image_model(args.model, ZooDetrForObjectDetection, device, args.config, images.label_names, **fields)
+    config: ZooDetrConfig = model.config
+    if args.backbone_weights is not None:
+        if config.backbone is None:
+            raise ValueError(f"backbone_weights are for a ResNet, which the backbone of {args.model} is not")
+        load_backbone_weights(model.model.backbone, args.backbone_weights)
+    elif not is_checkpoint(args.model) and config.backbone is not None and config.backbone_norm == "frozen_batch":
+        raise ValueError(
+            f"the backbone of {args.model} has frozen batch norms, which without trained weights normalise nothing: "
+            "give backbone_weights, or to train from scratch --config backbone_norm=group"
+        )
+    if args.backbone_rate == 0:
+        model.model.backbone.requires_grad_(False)
+    return model
+
+
+def choose_edges(args: DetrArguments, images: DetectionData) -> tuple[int | None, int | None]:
+    """`shortest_edge` and `longest_edge` of `DetectionTransform`, from the options, the checkpoint or the data."""
+    found = edges_of(args.model) if is_checkpoint(args.model) else None
+    if args.shortest_edge is None and args.longest_edge is None:
+        if found is not None:
+            return found
+        if args.data == "embedded":
+            return None, None
+    shortest = args.shortest_edge or (found and found[0])
+    shortest = shortest or min(MOST_PIXELS, round(float(np.median(images.train.sizes.min(axis=1)))))
+    return shortest, args.longest_edge or round(shortest * LONGER)
+
+
+def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel: what trained weights expect, or those of the data."""
+    if found := normalisation_of(args.model, images.num_channels):
+        return found
+    if args.backbone_is_trained and images.num_channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return channel_statistics(images.train, (64, 64))
+
+
+def main():
+    with user_errors():
+        args = parse_arguments(DetrArguments)
+    with open_run(args) as accelerator:
+        with user_errors():
+            start = starting_config(args.model, ZooDetrForObjectDetection)
+            images = read_data(args, args.num_channels or (start.num_channels if args.backbone_is_trained else None))
+            model = create_model(args, images, accelerator.device)
+            shortest_edge, longest_edge = choose_edges(args, images)
+            mean, std = choose_normalisation(args, images)
+            changes = {name: getattr(args, name) for name in CHANGES}
+            changes |= {"shortest_edge": shortest_edge, "longest_edge": longest_edge, "mean": mean, "std": std}
+            transform = DetectionTransform(seed=args.seed, global_batch_size=args.global_batch_size, **changes)
+            data = DetectionBatches(images.train, transform, args.max_steps, model.config)
+            held_out = (accelerator, images.validation, images.label_names)
+            validation = DetectionValidation(*held_out, transform, model.config, args.eval_batch_size)
+            positions, *_ = micro_batches(args, accelerator.process_index, accelerator.num_processes)
+            data.batch(0, positions)  # raises ValueError now if the images are bad
+            size = "of their own size" if shortest_edge is None else f"with {shortest_edge} pixels on the shorter side"
+            accelerator.print(
+                f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(images.train):,} images "
+                f"{size} and {images.train.count_boxes():,} boxes of {len(images.label_names)} classes to train on, "
+                f"{len(images.validation):,} images to validate on, from {images.source}"
+            )
+            for note in images.notes:
+                accelerator.print(f"note: {note}")
+            identity = identify(
+                args,
+                model,
+                images.fingerprint,
+                start=args.model,
+                backbone_weights=args.backbone_weights,
+                backbone_rate=args.backbone_rate,
+                **changes,
+            )
+        model, results = train(
+            args,
+            accelerator,
+            model,
+            data,
+            validation.measure,
+            identity,
+            unit="images",
+            monitor="eval_map" if args.patience else None,
+            augment=data.augment,
+            rate_scales={"model.backbone": args.backbone_rate} if args.backbone_rate else None,
+        )
+        measured, pictures = validation.look_closer(model, results)
+        found = [f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float)]
+        accelerator.print("\n".join([*images.train.report(), *images.validation.report(), *found]))
+        finish(
+            args,
+            accelerator,
+            model,
+            validation.processor,
+            {**results, **measured},
+            task="object-detection",
+            data={"source": images.source, "fingerprint": images.fingerprint, "licence": images.license},
+            pictures=pictures,
+        )
+
+
+if __name__ == "__main__":
+    main()
