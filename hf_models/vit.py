@@ -299,10 +299,11 @@ class ZooViTModel(ZooViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-def pool(hidden_states, config: ZooViTConfig):
-    """One vector (B, D), or (B, 2 D) with pooling `both`, for the whole image."""
-    parts = [hidden_states[:, 0]] if config.pooling != "mean" else []
-    if config.pooling != "class":
+def pool(hidden_states, config: ZooViTConfig, pooling: str | None = None):
+    """One vector (B, D), or (B, 2 D) with pooling `both`, for the whole image. pooling: by default the config's."""
+    pooling = pooling or config.pooling
+    parts = [hidden_states[:, 0]] if pooling != "mean" else []
+    if pooling != "class":
         parts.append(hidden_states[:, config.num_prefix_tokens :].mean(1))
     return torch.cat(parts, dim=-1)
 
@@ -392,6 +393,7 @@ class ResizePositions(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (found,) = input_dict.values()
         weight = found[0] if isinstance(found, list) else found
+        config = getattr(config, "backbone_config", None) or config  # of a detector, its ViT's
         grid, num_prefix = config.grid_size, int(config.pooling != "mean")
         num_old = weight.shape[1] - num_prefix
         if num_old != grid[0] * grid[1]:

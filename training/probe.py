@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_models import ZooViTModel
+from hf_models.vit import pool
 from training.arguments import user_errors
 from training.augment import Augmentation
 from training.image_rows import ImageRows
@@ -60,9 +61,7 @@ def features(
         pixels = rows.images(places[first : first + batch_size], size=size).to(encoder.device)
         # ZooViTModel's own forward: a masked autoencoder's hides patches.
         states = ZooViTModel.forward(encoder, normalize(pixels)).last_hidden_state.float()
-        parts = [states[:, 0]] if pooling != "mean" else []
-        parts += [states[:, config.num_prefix_tokens :].mean(1)] if pooling != "class" else []
-        found.append(torch.cat(parts, dim=1).cpu())
+        found.append(pool(states, config, pooling).cpu())
     encoder.train(was_training)
     return torch.cat(found)
 
