@@ -18,12 +18,13 @@ from .bert import (
     ZooBertForTokenClassification,
     ZooBertModel,
 )
+from .detr import ZooDetrConfig, ZooDetrForObjectDetection, ZooDetrModel
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel
 from .mae import ZooViTMAEConfig, ZooViTMAEForPreTraining, ZooViTMAEModel
 from .vit import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel
 from .zoo import create_config, create_model, list_models
 
-for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig):
+for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig, ZooDetrConfig):
     transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, name in config_class.family_auto_map.items():
         if auto_class != "AutoConfig":
@@ -31,11 +32,14 @@ for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig)
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
 
 with contextlib.suppress(ImportError):  # the oldest transformers we support need torchvision for them
-    image_processors = {"pil": transformers.ViTImageProcessorPil}
-    if is_torchvision_available():
-        image_processors["torchvision"] = transformers.ViTImageProcessor
-    for config_class in (ZooViTConfig, ZooViTMAEConfig):
-        transformers.AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
+    for kind, *config_classes in (("ViT", ZooViTConfig, ZooViTMAEConfig), ("Detr", ZooDetrConfig)):
+        image_processors = {"pil": getattr(transformers, f"{kind}ImageProcessorPil")}
+        if is_torchvision_available():
+            image_processors["torchvision"] = getattr(transformers, f"{kind}ImageProcessor")
+        for config_class in config_classes:
+            transformers.AutoImageProcessor.register(
+                config_class, image_processor_classes=image_processors, exist_ok=True
+            )
 
 __all__ = [
     "ZooBertConfig",
@@ -45,6 +49,9 @@ __all__ = [
     "ZooBertForSequenceClassification",
     "ZooBertForTokenClassification",
     "ZooBertModel",
+    "ZooDetrConfig",
+    "ZooDetrForObjectDetection",
+    "ZooDetrModel",
     "ZooGPTConfig",
     "ZooGPTForCausalLM",
     "ZooGPTForSequenceClassification",

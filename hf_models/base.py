@@ -298,6 +298,12 @@ class ZooPreTrainedModel(PreTrainedModel):
             }
         )
 
+    def stock_weights(self) -> dict[str, torch.Tensor]:
+        """The weights under the names that the stock class has for them."""
+        with torch.device("meta"):
+            fresh = type(self)(self.config)  # reverses every renaming; a loaded model only those that its file needed
+        return revert_weight_conversion(fresh, self.state_dict())
+
     def to_stock(self) -> PreTrainedModel:
         """The stock transformers model with the same weights, device, dtype and mode.
 
@@ -305,9 +311,7 @@ class ZooPreTrainedModel(PreTrainedModel):
             ValueError: an option of this model has no stock counterpart; the message names it.
         """
         stock_class, stock_config = self.stock_class_and_config()
-        with torch.device("meta"):
-            fresh = type(self)(self.config)  # reverses every renaming; a loaded model only those that its file needed
-        weights = revert_weight_conversion(fresh, self.state_dict())
+        weights = self.stock_weights()
         stock, loaded = stock_class.from_pretrained(
             None,
             config=stock_config,

@@ -293,7 +293,6 @@ class TransformerBlock(GradientCheckpointingLayer):
         self,
         hidden_states,
         attention_mask=None,
-        *,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         position_embeddings=None,
@@ -305,7 +304,8 @@ class TransformerBlock(GradientCheckpointingLayer):
             hidden_states: (B, T, D).
             encoder_hidden_states: (B, S, D), what cross-attention looks at.
             position_embeddings, encoder_position_embeddings: (B, T, D) and (B, S, D), added to queries and keys in
-                every block, as DETR does; None where positions were added to the input once.
+                every block, as DETR does; None where positions were added to the input once. What has a gradient is
+                best given by place: gradient checkpointing looks for it there.
             **kwargs: on to self-attention (`rotary`, `past_key_values`) and to the attention backend.
 
         Returns:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .bert import ZooBertConfig, ZooBertForPreTraining
+from .detr import ZooDetrConfig, ZooDetrForObjectDetection
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
 from .mae import ZooViTMAEConfig, ZooViTMAEForPreTraining
 from .vit import ZooViTConfig, ZooViTForImageClassification
@@ -60,6 +61,10 @@ def _mae(layers: int, hidden: int, heads: int, patch: int, size: int, **options)
     return ZooEntry(ZooViTMAEForPreTraining, ZooViTMAEConfig, vit.options, vit.paper)
 
 
+def _detr(paper: str, backbone: str, **options) -> ZooEntry:
+    return ZooEntry(ZooDetrForObjectDetection, ZooDetrConfig, {"backbone": backbone, **options}, paper)
+
+
 # What small models learn fastest with here: rotary positions, normalised queries and keys, RMSNorm, squared ReLU,
 # blocks that start as the identity, and no biases.
 MODERN = {
@@ -80,6 +85,8 @@ BERT = "Devlin et al. 2019"
 VIT = "Dosovitskiy et al. 2021"
 DEIT = "Touvron et al. 2021"
 MAE = "He et al. 2022"
+DETR = "Carion et al. 2020"
+SMALL_DETR = "this package; parts: Liu et al. 2022, Li et al. 2022, Gao et al. 2021, Zhu et al. 2021"
 COMPACT = "Turc et al. 2019"
 SMALL = "this package; parts: Su et al. 2021, Henry et al. 2020, So et al. 2021"
 
@@ -100,6 +107,23 @@ STRONG_POSITIONS = {
     "initializer_range": 0.06,
     "residual_init": "scaled",
     "use_bias": False,
+}
+# What makes a detector learn in minutes, and from a few hundred images; `ZooDetrConfig` names each one's paper.
+QUICK = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 3,
+    "hidden_dropout": 0.0,
+    "backbone_norm": "group",
+    "classification_loss": "varifocal",
+    "class_cost": 2,
+    "class_loss_coefficient": 2,
+    "anchor_queries": True,
+    "spatial_prior": True,
+    "query_selection": True,
+    "num_denoising_groups": 5,
 }
 # Decoders of masked autoencoders for small images.
 LIGHT = {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
@@ -142,6 +166,12 @@ ZOO: dict[str, ZooEntry] = {
     "vit-mae-huge-patch14-224": _mae(32, 1280, 16, 14, 224),
     "vit-mae-mini-patch4-28": _mae(6, 128, 4, 4, 28, num_channels=1, **LIGHT),
     "vit-mae-mini-patch4-32": _mae(12, 192, 3, 4, 32, **LIGHT),
+    "detr-resnet-50": _detr(DETR, "resnet50"),
+    "detr-resnet-50-dc5": _detr(DETR, "resnet50", dilation=True),
+    "detr-resnet-101": _detr(DETR, "resnet101"),
+    "detr-resnet-101-dc5": _detr(DETR, "resnet101", dilation=True),
+    "detr-mini": _detr(SMALL_DETR, "resnet-mini", num_queries=30, num_channels=1, **QUICK),
+    "detr-small": _detr(SMALL_DETR, "resnet-small", num_queries=60, **QUICK),
     "gpt-char-nanogpt": _gpt("Karpathy 2022, nanoGPT", 4, 128, 4, max_position_embeddings=64, **NANO),
     "gpt-char-nanogpt-gpu": _gpt("Karpathy 2022, nanoGPT", 6, 384, 6, max_position_embeddings=256, **NANO),
     "gpt-char": _gpt(SMALL, 4, 128, 4, vocab_size=66, max_position_embeddings=64, **MODERN),

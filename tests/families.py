@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForObjectDetection,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoBackboneClass
 
 import hf_models
-from hf_models.zoo import MODERN
+from hf_models.zoo import MODERN, QUICK
 
 BLOCKS = {
     "hidden_size": 32,
@@ -35,6 +36,15 @@ TINY_MAE = {
     "decoder_hidden_size": 16,
     "decoder_num_hidden_layers": 1,
     "decoder_num_attention_heads": 2,
+}
+
+TINY_DETR = {
+    **BLOCKS,
+    "num_decoder_layers": 2,
+    "intermediate_size": 64,
+    "num_queries": 5,
+    "num_labels": 3,
+    "backbone": "resnet-nano",
 }
 
 GROUPED = {
@@ -83,6 +93,21 @@ VIT_OPTIONS = {
 MAE_OPTIONS = {
     "mae": {},
     "modern": {**VIT_OPTIONS["modern"], "layer_scale": 0.1, "mask_ratio": 0.5, "norm_pix_loss": False},
+}
+
+# And for ZooDetrConfig.
+ANCHORS = {
+    "anchor_queries": True,
+    "classification_loss": "focal",
+    "num_denoising_groups": 2,
+    "norm_position": "pre",
+}
+DETR_OPTIONS = {
+    "detr": {},
+    "learned": {"position_embedding_type": "learned", "dilation": True, "auxiliary_loss": False, "hidden_act": "gelu"},
+    "anchors": {**ANCHORS, "norm": "rmsnorm", "qk_norm": True, "residual_init": "zero"},
+    "quick": {name: value for name, value in QUICK.items() if name not in TINY_DETR} | {"num_denoising_groups": 2},
+    "vit": {"backbone": None, "backbone_config": {"model_type": "zoo_vit", **TINY_VIT}},
 }
 
 
@@ -140,14 +165,30 @@ FAMILIES = {  # by `model_type`, without "zoo_"
             hf_models.ZooViTMAEForPreTraining: AutoModelForPreTraining,
         },
     ),
+    "detr": Family(
+        hf_models.ZooDetrForObjectDetection,
+        TINY_DETR,
+        DETR_OPTIONS,
+        {
+            hf_models.ZooDetrModel: AutoModel,
+            hf_models.ZooDetrForObjectDetection: AutoModelForObjectDetection,
+        },
+    ),
 }
 TEXT_FAMILIES = {name: family for name, family in FAMILIES.items() if family.of_text}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 every_family_of_text = pytest.mark.parametrize("family", TEXT_FAMILIES.values(), ids=TEXT_FAMILIES.keys())
+ONE_STACK = {name: family for name, family in FAMILIES.items() if name != "detr"}  # which has an encoder and a decoder
+every_family_of_one_stack = pytest.mark.parametrize("family", ONE_STACK.values(), ids=ONE_STACK.keys())
 
 
 def family_of(model_class) -> Family:
     return FAMILIES[model_class.config_class.model_type.removeprefix("zoo_")]
+
+
+def rotary(family: Family) -> dict:
+    """The field for rotary positions, where the family has them."""
+    return {} if family is FAMILIES["detr"] else {"position_embedding_type": "rotary"}
 
 
 class Case(NamedTuple):
@@ -171,10 +212,12 @@ def _cases():
 
 CASES = dict(_cases())
 MAIN_CASES = {name: case for name, case in CASES.items() if case.model_class is family_of(case.model_class).main_class}
+CASES_OF_ONE_STACK = {name: case for name, case in CASES.items() if family_of(case.model_class) in ONE_STACK.values()}
 CASES_OF_TEXT = {name: case for name, case in CASES.items() if family_of(case.model_class).of_text}
 WITH_A_HEAD = {
     name: case for name, case in CASES.items() if not case.model_class.__name__.endswith(("Model", "Backbone"))
 }
+ONE_GRAPH = {name: case for name, case in WITH_A_HEAD.items() if name in CASES_OF_ONE_STACK}  # DETR's loss needs a host
 
 
 def inputs_for(model_class):
@@ -182,6 +225,8 @@ def inputs_for(model_class):
     masked autoencoder what decides which of their patches are masked."""
     if family_of(model_class).of_text:
         return {"input_ids": torch.randint(1, TINY_TEXT["vocab_size"], (3, 12))}
+    if model_class.config_class.model_type == "zoo_detr":
+        return {"pixel_values": torch.randn(3, 3, 24, 32)}
     images = {"pixel_values": torch.randn(3, 3, 16, 16)}
     return images | ({"noise": torch.rand(3, 16)} if model_class.config_class.model_type == "zoo_vit_mae" else {})
 
@@ -191,6 +236,15 @@ def labels_for(model_class, inputs):
     name = model_class.__name__
     if name.endswith(("ForSequenceClassification", "ForImageClassification")):
         return {"labels": torch.tensor([0, 2, 1])}
+    if name.endswith("ForObjectDetection"):  # two objects, none, and one; `noise` is for those that denoise
+        centres, sides = torch.tensor([[0.3, 0.4], [0.6, 0.5], [0.4, 0.7]]), torch.tensor([0.3, 0.2])
+        boxes, classes = torch.cat((centres, sides.expand(3, 2)), dim=1), torch.tensor([0, 2, 1])
+        return {
+            "labels": [
+                {"class_labels": classes[here], "boxes": boxes[here], "noise": torch.rand(2, len(classes[here]), 5)}
+                for here in (slice(0, 2), slice(0), slice(2, 3))
+            ]
+        }
     if not family_of(model_class).of_text:
         return {}
     tokens = inputs["input_ids"]
@@ -223,6 +277,12 @@ def tensors(outputs):
     found = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     maps = enumerate(outputs.get("feature_maps") or ())
     return found | {f"feature_maps.{number}": one for number, one in maps}
+
+
+def attentions(outputs):
+    """The attention maps among a model's outputs, of every stack."""
+    names = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+    return [one for name in names for one in outputs.get(name) or ()]
 
 
 def gradients(model):

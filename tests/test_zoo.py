@@ -1,10 +1,15 @@
 """The zoo of named sizes: what each is, and how it is found."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_models import (
     ZooBertForPreTraining,
@@ -112,6 +117,44 @@ def test_gpt3_is_its_table(name):
     assert (config.max_position_embeddings, config.vocab_size) == (2048, 50257)
 
 
+# Carion et al. 2020, table 1: parameters that train in millions, multiply-adds in billions for an image.
+DETR_TABLE = {
+    "detr-resnet-50": (41, 86),
+    "detr-resnet-50-dc5": (41, 187),
+    "detr-resnet-101": (60, 152),
+    "detr-resnet-101-dc5": (60, 253),
+}
+COCO = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "coco_eval", "instances_val2014_100.json")
+
+
+@pytest.mark.parametrize("name", DETR_TABLE)
+def test_detr_has_the_parameters_of_its_table(name):
+    with torch.device("meta"):
+        model = create_model(name, num_labels=91)  # ids of COCO; there are 80 names
+    trained = model.num_parameters(only_trainable=True)
+    assert round(trained / 1e6) == DETR_TABLE[name][0]
+    assert "101" in name or trained == 41_302_368  # as the published code prints
+
+
+@pytest.mark.skipif(not COCO.exists(), reason="needs HF_MODELS_TEST_DATA with coco_eval")
+@pytest.mark.parametrize("name", DETR_TABLE)
+def test_detr_has_the_multiply_adds_of_its_table(name):
+    """On average over a hundred images of COCO with a shorter side of 800 pixels, or where that would make the longer
+    one more than 1333 pixels, with that as the longer one. Sizes between those counted are interpolated."""
+    with torch.device("meta"):
+        model = create_model(name, num_labels=91).eval()
+    counted = {}
+    for width in (800, 1066, 1333):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 800, width, device="meta"))
+        counted[800 * width] = counter.get_total_flops() / 2
+    at_pixels = numpy.polynomial.Polynomial.fit(list(counted), list(counted.values()), deg=2)
+    sizes = [(image["height"], image["width"]) for image in json.loads(COCO.read_text())["images"]]
+    scales = [min(800 / min(size), 1333 / max(size)) for size in sizes]
+    mean = numpy.mean([at_pixels(h * w * scale**2) for (h, w), scale in zip(sizes, scales, strict=True)])
+    assert mean / 1e9 == pytest.approx(DETR_TABLE[name][1], rel=0.05)
+
+
 @pytest.mark.parametrize("name", [name for name in list_models() if create_config(name).hidden_size <= 1600])
 def test_every_name_takes_a_training_step(name):
     """Cut to one layer, a short context or a small image, and a small vocabulary."""
@@ -121,6 +164,10 @@ def test_every_name_takes_a_training_step(name):
         tokens = torch.randint(1, 32, (1, 16))
         given = {"input_ids": tokens, "labels": tokens}
         given |= {"next_sentence_label": torch.tensor([0])} if hasattr(model, "nsp_head") else {}
+    elif name.startswith("detr"):
+        model = create_model(name, num_encoder_layers=1, num_decoder_layers=1).train()
+        labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.2, 0.3]])}]
+        given = {"pixel_values": torch.randn(1, config.num_channels, 64, 96), "labels": labels}
     else:
         side = 2 * config.patch_size
         decoder = {"decoder_num_hidden_layers": 1} if "mae" in name else {}
@@ -129,7 +176,7 @@ def test_every_name_takes_a_training_step(name):
         given |= {"labels": torch.tensor([1])} if hasattr(model, "classifier") else {}
     loss = model(**given).loss
     loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 # Patches in a row, and pixels: Dosovitskiy et al. 2021, section 4.1, and this package's small ones.

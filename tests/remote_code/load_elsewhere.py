@@ -39,6 +39,7 @@ PIPELINES = {
     "ForSequenceClassification": ("text-classification", "to be", {}),
     "ForTokenClassification": ("token-classification", "to be", {"ignore_labels": []}),
     "ForImageClassification": ("image-classification", "picture.png", {}),
+    "ForObjectDetection": ("object-detection", "picture.png", {"threshold": 0.0}),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessor
+from transformers import DetrImageProcessor, ViTImageProcessor
 
 from tests.families import CASES, FAMILIES, family_of, inputs_for, tensors
 
@@ -39,7 +39,8 @@ def save(make_model, tokenizer, masking_tokenizer, sentences, tmp_path):
             its_tokenizer.save_pretrained(folder)
             expected["text"] = torch.tensor(its_tokenizer("to be").input_ids)
         else:
-            processor = ViTImageProcessor(size={"height": 16, "width": 16})
+            kind = DetrImageProcessor if "Detr" in name else ViTImageProcessor
+            processor = kind(size={"height": 16, "width": 16})
             processor.save_pretrained(folder)
             picture = Image.effect_noise((40, 30), 64).convert("RGB")
             picture.save(folder / "picture.png")
@@ -84,7 +85,7 @@ def test_what_a_checkpoint_carries(save, name):
     expected |= {auto_class.__name__: one.__name__ for one, auto_class in auto_classes.items()}
     file = file_of(config_class)
     carried = {path.stem for path in folder.glob("*.py")}
-    needed = {file, "vit"} if file == "mae" else {file}  # an autoencoder is made of a ViT
+    needed = {file, "vit"} if file in ("mae", "detr") else {file}  # an autoencoder is made of a ViT, a detector may be
     assert {"base", "layers"} <= carried
     assert carried & {file_of(family.main_class.config_class) for family in FAMILIES.values()} == needed
     config = json.loads((folder / "config.json").read_text())
