@@ -545,7 +545,7 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
         middle = torch.stack(torch.broadcast_tensors(cells.columns[:, None], cells.rows[:, :, None]), dim=-1)
         size = (PROPOSED_SIZE * cells.size)[:, None, None].expand_as(middle)  # (B, h, w, 2)
         boxes = torch.cat((middle, size), dim=-1).flatten(1, 2)
-        return self.proposal_class_head(memory), correct(boxes, self.proposal_box_head(memory))
+        return self.classify(self.proposal_class_head, memory), correct(boxes, self.proposal_box_head(memory))
 
     def select(self, logits, boxes, is_token):
         """The boxes (B, Q, 4) of the cells with the likeliest objects, where there are as many cells."""

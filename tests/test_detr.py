@@ -137,6 +137,7 @@ def test_every_layer_corrects_the_box_of_the_one_before():
 def test_selected_queries_are_the_likeliest_cells():
     model, (pixels, mask, _) = tiny(ZooDetrModel, **ALL), batch()
     outputs = model(pixels, mask)
+    assert outputs.proposal_logits.shape == (2, 48, 4) and (outputs.proposal_logits[..., -1] == 0).all()
     scores = outputs.proposal_logits[..., :-1].amax(-1)
     is_token = torch.ones(2, 48, dtype=torch.bool)
     is_token[1] = False

@@ -46,6 +46,7 @@ def build(shape, device):
         num_queries=queries,
         num_labels=classes,
         hidden_dropout=0.0,
+        repeats_norm=True,  # as stock computes where it trains all layers
         attn_implementation="eager" if device == "cpu" else "sdpa",
     )
     return ZooDetrForObjectDetection(config).to(device)
