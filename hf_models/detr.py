@@ -69,7 +69,7 @@ class ZooDetrConfig(TransformerConfig):
         backbone_config: instead of `backbone`, the config of any `AutoBackbone`, whose last feature map is taken; its
             batch norms are frozen.
         backbone_norm: `frozen_batch` for pre-trained weights, whose stem and first stage then stay as they are; `group`
-            (Wu and He 2018) to train from scratch.
+            (Wu and He 2018) to train from scratch, where an image's answer depends a little on how much it is padded.
         dilation: the last stage keeps its resolution and dilates its convolutions instead (DC5).
         position_embedding_type: of the cells, `sinusoidal` in two dimensions or `learned` for rows and columns.
         classification_loss: `cross_entropy` over the classes and no object (the paper); `focal` (Lin et al. 2017), each
