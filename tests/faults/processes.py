@@ -82,7 +82,8 @@ class Run:
 def draw_shapes(folder: Path, name: str, choose: random.Random):
     """A picture with up to three shapes, none in some, and their boxes in YOLO's form."""
     width, height = choose.randint(30, 50), choose.randint(30, 50)
-    picture, lines = Image.effect_noise((width, height), 20), []
+    noise = bytes(choose.randint(100, 155) for _ in range(width * height))
+    picture, lines = Image.frombytes("L", (width, height), noise), []
     for _ in range(choose.randint(0, 3)):
         w, h = choose.randint(8, 16), choose.randint(8, 16)
         x, y, label = choose.randint(0, width - w), choose.randint(0, height - h), choose.randint(0, 1)
