@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from training.files import write_atomic
 from training.text import is_local_main_process
 
 
-class ShardFolder:
+class ShardFolder(ABC):
     """The shards of a stream, written to a folder as they arrive.
 
     A shard never changes once it is there; a JSON file beside it, written last, says that it is whole, and what a
@@ -33,17 +34,17 @@ class ShardFolder:
         while self._find():
             pass
 
+    @abstractmethod
     def make_shard(self) -> tuple[bytes, dict]:
         """The content of the shard behind those found, and what to note of it: `is_last`, and what else is needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_in(self, shard: int) -> int:
         """Take in a shard that is there, the last of `found`, and say how many rows it has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Close the stream: another process, or an earlier one, wrote a shard, so it is now too far back."""
-        raise NotImplementedError
 
     @property
     def has_ended(self) -> bool:
