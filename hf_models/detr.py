@@ -44,7 +44,7 @@ from .matching import (
     detection_loss,
     pad_labels,
 )
-from .patches import fit_channels
+from .patches import check_channels, fit_channels
 from .resnet import (
     RESNETS,
     ResNet,
@@ -473,19 +473,15 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
             ValueError: another number of channels, a mask of another shape, an attention backend that an option of the
                 config does not work with.
         """
-        config, channels = self.config, self.config.num_channels
+        config = self.config
         self.check_output_attentions(kwargs.get("output_attentions", config.output_attentions))
-        if pixel_values.ndim != 4 or pixel_values.shape[1] not in (channels, 3 if channels == 1 else channels):
-            raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}, but num_channels is {channels}, so it has to be "
-                f"(batch, {channels}, height, width): convert the images, or set num_channels"
-            )
+        check_channels(pixel_values, config.num_channels)
         if (config.spatial_prior or denoising) and config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"spatial_prior and denoising add terms to attention, which {config._attn_implementation!r} does not "
                 "take: call model.set_attn_implementation('sdpa')"
             )
-        pixel_values = fit_channels(pixel_values, channels).to(self.dtype)
+        pixel_values = fit_channels(pixel_values, config.num_channels).to(self.dtype)
         features = self.backbone(pixel_values)
         features = features if isinstance(features, Tensor) else features.feature_maps[-1]  # (B, C', h, w)
         cells = locate_cells(pixel_mask, pixel_values, features, getattr(self.backbone, "stride", None))

@@ -16,6 +16,16 @@ from torch import nn
 from .layers import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
 
 
+def check_channels(images, num_channels: int):
+    """Raises a `ValueError` unless images are (B, C, H, W) for a model of so many channels; for one of grey images they
+    may have colour."""
+    if images.ndim != 4 or images.shape[1] not in (num_channels, 3 if num_channels == 1 else num_channels):
+        raise ValueError(
+            f"pixel_values of shape {tuple(images.shape)}, but num_channels is {num_channels}, so it has to be "
+            f"(batch, {num_channels}, height, width): convert the images, or set num_channels"
+        )
+
+
 def fit_channels(images, num_channels: int):
     """Images (B, C, H, W) for a model of so many channels: colour becomes grey, its luminance (ITU-R BT.601), where the
     model has one channel."""

@@ -31,6 +31,7 @@ from .patches import (
     PatchEmbedding,
     PatchPositions,
     StemConvolution,
+    check_channels,
     fit_channels,
     resize_positions,
 )
@@ -194,12 +195,8 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
 
     def patch_grid(self, pixel_values) -> tuple[int, int]:
         """Rows and columns of patches in images (B, C, H, W); raises a `ValueError` for any that do not fit."""
-        size, channels = self.config.patch_size, self.config.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] not in (channels, 3 if channels == 1 else channels):
-            raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}, but num_channels is {channels}, so it has to be "
-                f"(batch, {channels}, height, width): convert the images, or set num_channels"
-            )
+        size = self.config.patch_size
+        check_channels(pixel_values, self.config.num_channels)
         height, width = pixel_values.shape[2:]
         if height % size or width % size:
             raise ValueError(
