@@ -83,6 +83,8 @@ class RunArguments:
         False, "recompute activations in the backward pass: less memory, more time", "speed and memory"
     )
 
+    data_name: str | None = option(None, "what the card calls the data; None: as `data` does", "publishing")
+    data_license: str | None = option(None, "licence of the data, for the card; None: what the data says", "publishing")
     push_to_hub: bool = option(False, "publish the result at the end", "publishing")
     hub_model_id: str | None = option(None, "user/name of the repository to publish to", "publishing")
 

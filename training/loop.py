@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.arguments import RunArguments, one_line, print_error, user_errors
 from training.checkpoint import Checkpoints, gather_training_state
+from training.costs import Costs, measured_costs
 from training.optim import EMA, create_optimizers, learning_rate_factor
 from training.processes import StopRequest, create_accelerator, micro_batches, on_main_process, sum_over_processes
 from training.results import MetricsLog
@@ -162,7 +163,7 @@ def train(
         on_main_process(accelerator, lambda: check_identity(output_dir, identity))
         progress = resume(accelerator, args, checkpoints, model, optimizers, ema, monitor)
     best = progress["best"]
-    began = time.perf_counter() - progress["seconds"]
+    costs = Costs(accelerator, progress)
     log = MetricsLog(accelerator, args, output_dir, progress, unit, row_length)
     shares = micro_batches(args, accelerator.process_index, accelerator.num_processes)
 
@@ -177,7 +178,7 @@ def train(
         return progress["step"] == args.max_steps or 0 < args.patience <= best["num_worse"]
 
     def save():
-        progress["seconds"] = time.perf_counter() - began
+        costs.write(progress)
         tensors, state = gather_training_state(model, [optimizer.optimizer for optimizer in optimizers])
         tensors |= {"ema": ema.state_dict()} if ema else {}
         state |= {"progress": progress, "max_steps": args.max_steps}
@@ -209,6 +210,7 @@ def train(
             ema.update(step)
 
         progress["step"] = step + 1
+        costs.update()
         log.add(loss, num_units, time.perf_counter() - started)
         if has_ended() or progress["step"] % args.log_every == 0:
             log.write_training(learning_rate, gradient_norm)
@@ -241,7 +243,7 @@ def train(
     if not results:  # the run was complete before: measure again, nothing is trained
         results = measure()
     model.eval()
-    return model, {**results, "wall_time_seconds": round(progress["seconds"], 1)}
+    return model, {**results, **measured_costs(progress)}
 
 
 def set_learning_rate(args: RunArguments, optimizers: list[torch.optim.Optimizer], step: int) -> float:

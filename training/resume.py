@@ -16,7 +16,8 @@ def resume(
 ) -> dict[str, Any]:
     """Loads the newest sound checkpoint on every process; returns the progress that it holds, or a fresh one."""
     best = {"monitor": monitor, "step": None, "value": None, "results": {}, "num_worse": 0}
-    progress = {"step": 0, "seconds": 0.0, "best": best}
+    progress = {"step": 0, "best": best}
+    progress |= {"seconds": 0.0, "processor_seconds": 0.0, "joules": {"CPU": 0.0, "GPU": 0.0}}  # see Costs
     progress |= {"loss_sum": 0.0, "num_units": 0.0, "num_steps": 0, "interval_seconds": 0.0}  # see MetricsLog
     if checkpoint := on_main_process(accelerator, lambda: newest_checkpoint(args, checkpoints)):
         restore(accelerator, checkpoint, model, [optimizer.optimizer for optimizer in optimizers], ema)

@@ -1,0 +1,118 @@
+"""What a run costs: time by the clock, time of the processors, and the energy that the machine itself counts."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from training.processes import sum_over_processes
+
+POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL's counters, Intel's and AMD's
+
+
+@dataclass
+class EnergyCounter:
+    """What a counter, in joules, has risen by since this was made; it falls to 0 whenever it reaches `limit`."""
+
+    read: Callable[[], float]
+    limit: float = math.inf
+    joules: float = 0.0
+    last: float = field(init=False)
+
+    def __post_init__(self):
+        self.last = self.read()
+
+    def update(self):
+        """To be called more than once in the time that the counter takes to its limit, which is minutes."""
+        now = self.read()
+        self.joules += now - self.last if now >= self.last else now - self.last + self.limit
+        self.last = now
+
+
+class Costs:
+    """What a run has cost so far, its earlier parts included, which are read from `progress` and written there:
+
+    seconds: by the clock.
+    processor_seconds: of all processes and what they started, such as the decoding of images.
+    joules: of the "CPU" (whole processors of every machine, whatever else ran there) and the "GPU"s; None for what was
+        not counted all the time.
+    """
+
+    def __init__(self, accelerator: Accelerator, progress: dict):
+        self.accelerator, self.earlier = accelerator, dict(progress)
+        self.began, self.processor_began = time.perf_counter(), processor_seconds()
+        self.counters = {"CPU": [], "GPU": []}
+        if accelerator.is_local_main_process:
+            self.counters["CPU"] = cpu_counters() or [None]
+        if accelerator.device.type == "cuda":
+            self.counters["GPU"] = [gpu_counter(accelerator.device)]
+
+    def update(self):
+        """To be called at every step."""
+        for counters in self.counters.values():
+            for counter in filter(None, counters):
+                counter.update()
+
+    def write(self, progress: dict):
+        """Puts what the run has cost into `progress`; every process has to call it."""
+        self.update()
+        spent = [processor_seconds() - self.processor_began]
+        spent += [sum(math.nan if c is None else c.joules for c in counters) for counters in self.counters.values()]
+        processors, *joules = sum_over_processes(self.accelerator, spent)
+        progress["seconds"] = self.earlier["seconds"] + time.perf_counter() - self.began
+        progress["processor_seconds"] = self.earlier["processor_seconds"] + processors
+        progress["joules"] = {
+            name: None if earlier is None or math.isnan(now) else earlier + now
+            for (name, earlier), now in zip(self.earlier["joules"].items(), joules, strict=True)
+        }
+
+
+def processor_seconds() -> float:
+    """Time that processors have worked for this process and its children, those that have ended too."""
+    this = psutil.Process()
+    own = this.cpu_times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in this.children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.Error:  # it has just ended
+            continue
+        total += times.user + times.system
+    return total
+
+
+def cpu_counters(folder: Path = POWERCAP) -> list[EnergyCounter]:
+    """A counter for each processor of this machine; none where the system has none or lets only its owner read them."""
+    counters = []
+    for zone in sorted(folder.glob("intel-rapl:?*")):
+        try:
+            if (zone / "name").read_text().startswith("package"):
+                limit = int((zone / "max_energy_range_uj").read_text()) / 1e6
+                counters.append(EnergyCounter(lambda file=zone / "energy_uj": int(file.read_text()) / 1e6, limit))
+        except (OSError, ValueError):
+            return []
+    return counters
+
+
+def gpu_counter(device: torch.device) -> EnergyCounter | None:
+    """The counter of a GPU; None where NVIDIA's library is missing or does not know it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+        return EnergyCounter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+    except Exception:  # whatever the library raises: a run does not end for it
+        return None
+
+
+def measured_costs(progress: dict) -> dict:
+    """The costs under the names of eval_results.json: seconds, and kilowatt hours of what was counted all the time."""
+    energy = {name: round(joules / 3.6e6, 6) for name, joules in progress["joules"].items() if joules}
+    times = {"wall_time_seconds": progress["seconds"], "processor_time_seconds": progress["processor_seconds"]}
+    return {name: round(value, 1) for name, value in times.items()} | ({"energy_kwh": energy} if energy else {})
