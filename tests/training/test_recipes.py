@@ -76,7 +76,7 @@ def test_a_recipe_to_fine_tune_has_the_task_of_its_data(path):
     assert args.warmup_steps < args.eval_every
 
 
-@pytest.mark.parametrize("name", ["gpt-embedded", "vit-digits", "detr-digits"])
+@pytest.mark.parametrize("name", ["gpt-embedded", "bert-embedded", "vit-digits", "detr-digits"])
 def test_the_quickstart_recipe_says_what_the_script_does_without_one(name):
     arguments = SCRIPTS[name.split("-")[0]][1]
     recipe = parse_arguments(arguments, ["--recipe", str(FOLDER / f"{name}.yaml"), "--output_dir", "runs/x"])
