@@ -116,7 +116,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.use_bias)
-        self.o_proj.ends_residual_branch = True  # `residual_init` decides how it starts
+        self.o_proj.num_residual_branches = 1  # of its stack, by which `residual_init` starts it
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -192,7 +192,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
-        self.down_proj.ends_residual_branch = True
+        self.down_proj.num_residual_branches = 1
         self.gate_proj = None
         if config.hidden_act == "swiglu":
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
@@ -358,7 +358,7 @@ class TransformerStack(nn.ModuleList):
             for layer_idx in range(num_layers)
         )
         for module in self.modules():
-            if getattr(module, "ends_residual_branch", False):
+            if hasattr(module, "num_residual_branches"):
                 module.num_residual_branches = (3 if cross_attention else 2) * num_layers
 
     def forward(self, hidden_states, *args, **kwargs):

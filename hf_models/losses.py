@@ -70,7 +70,9 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=No
 
 def as_divisor(num_items, device):
     """What a sum of losses is divided by, as a tensor; 1 in place of 0, since then the sum is 0."""
-    num_items = torch.as_tensor(num_items, device=device, dtype=torch.float32)
+    if not isinstance(num_items, torch.Tensor):  # filled in on the device: a copy would wait for it
+        num_items = torch.full((), num_items, device=device)
+    num_items = num_items.to(device, torch.float32)
     return num_items.where(num_items != 0, 1)
 
 

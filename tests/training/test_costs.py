@@ -38,9 +38,7 @@ def test_whole_processors_are_counted_and_parts_of_a_run_add_up(powercap):
         run = Costs(Accelerator(cpu=True), progress)
         for zone in ("intel-rapl:0", "intel-rapl:1"):
             counter = powercap / zone / "energy_uj"
-            counter.write_text(
-                str((int(counter.read_text()) + 18_000_000) % 100_000_000)
-            )  # first past the limit
+            counter.write_text(str((int(counter.read_text()) + 18_000_000) % 100_000_000))  # first past the limit
         run.write(progress)
     assert progress["joules"] == {"CPU": pytest.approx(72.0), "GPU": 0.0}
     assert measured_costs(progress)["energy_kwh"] == {"CPU": pytest.approx(2e-5)}
