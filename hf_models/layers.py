@@ -190,6 +190,8 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
+        # ReLU's gradient needs nothing but its result, which the next product keeps anyway.
+        self.recomputes = config.hidden_act != "relu"
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
         self.down_proj.num_residual_branches = 1
@@ -200,7 +202,8 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states):
         """(B, T, D) -> (B, T, D)."""
         wide = [project(hidden_states) for project in (self.up_proj, self.gate_proj) if project is not None]
-        if not self.training or torch.compiler.is_compiling() or not is_plain_linear(self.down_proj):
+        is_worth_it = self.training and self.recomputes and not torch.compiler.is_compiling()
+        if not is_worth_it or not is_plain_linear(self.down_proj):
             return self._down(*wide)
         # The activation is the widest tensor of a block, and quick to compute again when the backward pass needs it.
         return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
