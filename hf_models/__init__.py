@@ -21,6 +21,7 @@ from .bert import (
 from .detr import ZooDetrConfig, ZooDetrForObjectDetection, ZooDetrModel
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM, ZooGPTForSequenceClassification, ZooGPTModel
 from .mae import ZooViTMAEConfig, ZooViTMAEForPreTraining, ZooViTMAEModel
+from .verify import load_verified
 from .vit import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel
 from .zoo import create_config, create_model, list_models
 
@@ -67,4 +68,5 @@ __all__ = [
     "create_config",
     "create_model",
     "list_models",
+    "load_verified",
 ]

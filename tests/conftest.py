@@ -1,10 +1,20 @@
-"""What the tests share: a private Hugging Face home, one seed, tiny models of every kind, a tokenizer."""
+"""What the tests share: a private Hugging Face home and Hub, one seed, tiny models of every kind, a tokenizer."""
 
 import os
 import tempfile
 
+from tests.hub_server import HubServer, hold_port
+
+# Read when the libraries are imported, so they are set before. The Hub is an address on loopback, where nobody
+# answers but in the tests that ask for `hub`; its token is the user's of that Hub.
 _hf_home = tempfile.TemporaryDirectory(prefix="hf_models_tests_")
-os.environ["HF_HOME"] = _hf_home.name  # read when the libraries are imported, so it is set before them
+_hub_port, _hold = hold_port()
+os.environ["HF_HOME"] = _hf_home.name
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_hub_port}"
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -27,6 +37,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """The Hub at HF_ENDPOINT, empty, and `me` logged in to it."""
+    with HubServer(tmp_path_factory.mktemp("hub"), port=_hub_port) as server:
+        server.add_user("me", "hf_canary_of_me")
+        monkeypatch.setenv("HF_TOKEN", "hf_canary_of_me")
+        yield server
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ string and a false).
 import argparse
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import os
 import re
@@ -242,6 +244,14 @@ def _read_recipe(path: str) -> dict:
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {path} must be lines of `name: value`, not a {type(recipe).__name__}")
     return recipe
+
+
+def recipe_fingerprint(path: str) -> str | None:
+    """The sha256 of a recipe's settings, whatever their order and the comments; None if it cannot be read any more."""
+    try:
+        return hashlib.sha256(json.dumps(_read_recipe(path), sort_keys=True).encode()).hexdigest()
+    except (ValueError, OSError):
+        return None
 
 
 def _convert(text, annotation, where: str):

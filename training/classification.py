@@ -52,7 +52,7 @@ class Task(ABC):
     """
 
     head: str  # of the model: "SequenceClassification"
-    pipeline: str  # the key of `publish.USES`
+    pipeline: str  # the key of `snippets.USES`
     monitor: str  # the measure that decides which weights are best
     label_names: list[str] | None  # the name of each class id
 

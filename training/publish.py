@@ -1,223 +1,421 @@
-"""From a finished run to the Hub: a model card in which every number was measured, and one commit."""
+"""From a finished run to the Hub: one commit, which is safe to repeat.
 
+    python -m training.publish runs/gpt-embedded --repo user/name
+
+A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
+left there and the run no longer has. It remembers nothing: whatever was interrupted, and whichever answer was lost, it
+looks at the repository again and does what is left. The commit names the one that it was compared with as its parent,
+so that two writers never mix.
+"""
+
+import argparse
+import contextlib
+import copy
 import json
-import math
 import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from string import Template
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
-from huggingface_hub.errors import HTTPError  # of the HTTP client that huggingface_hub uses, whichever it is
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    HTTPError,  # of the HTTP client that huggingface_hub uses, whichever it is
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
-from training.arguments import one_line
-
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
-
-# What a run may draw, and what the picture shows.
-PICTURES = {
-    "curves.png": "Loss during training",
-    "confusion_matrix.png": "Confusion matrix: the classes of held-out images and what they were taken for",
-    "reconstructions.png": "Held-out images, what was left of them, and their reconstructions",
-    "detections.png": "Held-out images with what was found in them, and beside them with what is there",
-    "decoder_attention.png": "Where the decoder looks for each box that it finds",
-    "query_slots.png": "Where each query finds objects in all held-out images (Carion et al. 2020, figure 7)",
-}
-EXAMPLE = "example.png"  # an image for the snippet, in which its place is called EXAMPLE
+from hf_models.verify import SUMS, checksums
+from training.arguments import one_line, user_errors
+from training.card import EVAL_RESULTS, PICTURES, card_files
+from training.files import write_atomic
+from training.hand_written import is_foreign, sections
+from training.run_folder import RunLock
+from training.snippets import EXAMPLE
+from training.steps import WEIGHTS, export_step
 
 # A checkpoint is files beside each other, of these kinds. Whatever else a run leaves (checkpoints/ with the state of
 # the optimizer, locks, logs of trackers) is not for others.
-PUBLISHED = ["README.md", "*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", "metrics.jsonl", EXAMPLE, *PICTURES]
-PRIVATE = ["*/*", "optimizer*", "*.lock"]  # "*/*": anything in a subfolder
+MEASURED = ["eval_results.json", "metrics.jsonl", EXAMPLE, *PICTURES]
+PUBLISHED = ["*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", *MEASURED]
+PRIVATE = ["run.json", "optimizer*", ".*"]
 
-# For each task, how the result of `pipeline(task)`, or the model, is used: the last line of a snippet.
-USES = {
-    "text-generation": 'print(generate("The ", max_new_tokens=50)[0]["generated_text"])',
-    "fill-mask": 'print(fill(f"This is the {fill.tokenizer.mask_token} of the story.")[0]["sequence"])',
-    "text-classification": 'print(classify("A pleasure from the first page to the last."))',
-    "text-pair-classification": 'print(classify({"text": "It is raining.", "text_pair": "The streets are dry."}))',
-    "token-classification": 'print(tag("Ada Lovelace was born in London.", aggregation_strategy="first"))',
-    "question-answering": 'print(model.answer(tokenizer, "Who was born?", "Ada was born in London.")[0].text)',
-    "image-classification": "print(classify(EXAMPLE))",
-    "object-detection": 'print(*detect(EXAMPLE), sep="\\n")',  # score, label and box of each
-    "image-reconstruction": 'print(model(**processor(EXAMPLE, return_tensors="pt")).loss)',
-}
-# The Hub's name of a task, where it has no finer one.
-PIPELINES = {"text-pair-classification": "text-classification", "image-reconstruction": "image-feature-extraction"}
-# Tasks that transformers 5 has no pipeline for: classes of the model and the processor, and a name for that.
-WITHOUT_PIPELINE = {
-    "question-answering": ("AutoModelForQuestionAnswering", "AutoTokenizer", "tokenizer"),
-    "image-reconstruction": ("AutoModelForPreTraining", "AutoImageProcessor", "processor"),
-}
+WAITS = [1, 4, 16]  # seconds before another try
+LONGEST_WAIT = 600  # seconds; the Hub counts requests over half of that
+PASSING = [408, 409, 412, 429, *range(500, 600)]  # of the statuses: 409 and 412 are another writer
 
 
-def snippet(source: str | Path, task: str = "text-generation") -> str:
-    """A few lines of Python that load the checkpoint `source`, a folder or Hub name, and use it."""
-    if task not in USES:
-        raise ValueError(f"no snippet for task {task!r}, only for {', '.join(USES)}")
-    where = f"{_quote(source)}, trust_remote_code=True"
-    if task in WITHOUT_PIPELINE:
-        model_class, processor_class, processor = WITHOUT_PIPELINE[task]
-        lines = [
-            f"from transformers import {', '.join(sorted([model_class, processor_class]))}",
-            f"model = {model_class}.from_pretrained({where})",
-            f"{processor} = {processor_class}.from_pretrained({where})",
-        ]
-    else:
-        variable = USES[task].removeprefix("print(").lstrip("*").split("(")[0]
-        load = f"{variable} = pipeline({_quote(PIPELINES.get(task, task))}, model={where})"
-        lines = ["from transformers import pipeline", load]
-    is_local = Path(source).exists()
-    example = f"{source}/{EXAMPLE}" if is_local else f"https://huggingface.co/{source}/resolve/main/{EXAMPLE}"
-    return "\n".join([*lines, USES[task].replace("EXAMPLE", _quote(example))])
+def push(
+    output_dir: str | Path,
+    repo_id: str,
+    private: bool = False,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    step: int | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Makes the repository hold the checkpoint with its code, processor, card, metrics and pictures, in one commit,
+    and returns its URL. What it holds already is not sent again; if nothing differs there is no commit.
 
+    Args:
+        repo_id: "user/name", made if there is none; without a user it is that of the login, which is `hf auth
+            login`'s or HF_TOKEN's.
+        private: the repository is not to be public; one that is, is refused.
+        branch: what to commit to, made from `main` if there is none. None: `main`; of a step, `step-N`.
+        tag: a name for the commit.
+        step: publish the weights of `checkpoints/step-N`, see `training.steps`; None: those of the end.
+        dry_run: only print what would be done; nothing is written, neither there nor here.
 
-def write_card(output_dir: str | Path, source: str | None = None) -> Path:
-    """Writes `output_dir/README.md` from `eval_results.json` and model_cards/template.md, and returns its path.
-
-    `source` is what the snippet loads, by default what it was in eval_results.json. A line of the template whose
-    value is not in eval_results.json is left out, and a section left without lines too. What a person wrote between
-    `<!-- by hand: name -->` and `<!-- end by hand -->` stays, and a README.md without such marks is not touched.
+    Raises:
+        ValueError: in one line, why it cannot be published, and what to do.
     """
-    folder = Path(output_dir)
-    readme = folder / "README.md"
-    earlier = readme.read_text(encoding="utf-8") if readme.exists() else None
-    if earlier is not None and not _sections(earlier):
-        return readme
-    results = _read_results(folder / "eval_results.json")
-    results.setdefault("model_name", folder.resolve().name)
-    task = results.get("task", "text-generation")
-    if source is not None:
-        results["snippet"] = snippet(source, task)
-
-    text = _render(TEMPLATE.read_text(encoding="utf-8"), _card_values(results, folder))
-    kept = _sections(earlier or "")
-    for name, section in _sections(text).items():
-        text = text.replace(section, kept.get(name, section))
-    header = _card_header(results, task).to_yaml()
-    readme.write_text(f"---\n{header}\n---\n\n{text}", encoding="utf-8")
-    return readme
-
-
-def push(output_dir: str | Path, repo_id: str, private: bool = False) -> str:
-    """Uploads the checkpoint with its code, card, metrics and pictures in one commit, and returns the repository's URL.
-
-    The login is `hf auth login`'s or the environment's. Raises ValueError naming the repository if that fails.
-    """
-    folder = Path(output_dir)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"cannot publish {folder}: no config.json, so it is not a finished run")
-    api = HfApi()
+    folder, options = Path(output_dir), {"branch": branch, "tag": tag, "step": step}
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        write_card(folder, source=url.repo_id)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            allow_patterns=PUBLISHED,
-            ignore_patterns=PRIVATE,
-            commit_message=f"Publish {url.repo_id}",
-        )
+        with contextlib.ExitStack() as stack:
+            if step is not None:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="publish-"))
+                names = [name for name in published_files(folder) if name not in MEASURED or name == EXAMPLE]
+                export_step(folder, step, names, folder := Path(temporary, folder.resolve().name))
+                branch = branch or f"step-{step}"
+            return _Push(folder, repo_id, private, branch or "main", tag).run(dry_run)
     except (ValueError, OSError, RuntimeError, HTTPError) as error:
-        raise ValueError(f"cannot publish {folder} to {repo_id}: {one_line(error)}") from error
-    return str(url)
+        reason = _explain(error)
+        if _is_passing(error):
+            words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+            words = [str(output_dir), f"--repo={repo_id}", *words] + ["--private"] * private
+            reason += f"; `python -m training.publish {shlex.join(words)}` goes on where it stopped"
+    # Outside of the handler: a traceback would show the client's words too.
+    raise ValueError(_without_token(f"cannot publish {output_dir} to {repo_id}: {reason}"))
 
 
-def _read_results(path: Path) -> dict:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: a card shows measured results, so finish the run first") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return results
+def published_files(folder: Path) -> list[str]:
+    """The names of what a run publishes as it lies there. Raises ValueError if it is not a finished run, or a file is a
+    link: what it leads to may be no part of the run."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"no config.json in {folder}, so it is not a finished run")
+    names = sorted(path.name for path in folder.iterdir() if path.is_symlink() or path.is_file())
+    names = [name for name in names if _is_published(name)]
+    for name in names:
+        if (folder / name).is_symlink():
+            raise ValueError(f"{folder / name} is a symbolic link: put the file itself there")
+    return names
 
 
-def _metrics(results: dict) -> dict[str, float]:
-    """The measured numbers: `eval_bits_per_byte` becomes "bits per byte"."""
-    return {
-        name.removeprefix("eval_").replace("_", " "): value
-        for name, value in results.items()
-        if name.startswith("eval_") and type(value) in (int, float) and math.isfinite(value)
+def _is_published(name: str) -> bool:
+    return any(fnmatchcase(name, kind) for kind in PUBLISHED) and not any(fnmatchcase(name, kind) for kind in PRIVATE)
+
+
+# ------------------------------------------------------------------------------------------------------- one push
+
+
+@dataclass
+class Plan:
+    """What makes a repository hold a run."""
+
+    head: str | None  # the commit that it was compared with; None: there is no such repository
+    send: list[CommitOperationAdd] = field(default_factory=list)
+    keep: list[CommitOperationAdd] = field(default_factory=list)
+    delete: list[str] = field(default_factory=list)
+
+    @property
+    def changes(self) -> list:
+        return [*self.send, *self.delete]
+
+    def __str__(self) -> str:
+        size = sum(file.upload_info.size for file in self.send)
+        return (
+            f"{len(self.send)} files to send ({size / 1e6:,.1f} MB), {len(self.keep)} unchanged, "
+            f"{len(self.delete)} to delete"
+        )
+
+    def lines(self) -> list[str]:
+        """A line for each file: what becomes of it, and its size in bytes."""
+        shown = [("send", file) for file in self.send] + [("unchanged", file) for file in self.keep]
+        lines = [(file.path_in_repo, what, f"{file.upload_info.size:,}") for what, file in shown]
+        lines += [(name, "delete", "") for name in self.delete]
+        return [f"  {what:9} {size:>14}  {name}" for name, what, size in sorted(lines)]
+
+
+class _Push:
+    """One run, and the repository that is to hold it."""
+
+    def __init__(self, folder: Path, repo_id: str, private: bool, branch: str, tag: str | None):
+        self.folder, self.private, self.branch, self.tag = folder, private, branch, tag
+        self.api = HfApi()
+        self.repo_id = repo_id if "/" in repo_id else f"{_persist(self.api.whoami)['name']}/{repo_id}"
+        validate_repo_id(self.repo_id)
+        self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
+        sums = checksums(folder)
+        for line in sums.splitlines():  # for the comparison and for the client: each file is hashed once
+            sha256, name = line.split("  ", 1)
+            self.files[name].upload_info.sha256 = bytes.fromhex(sha256)
+        self.files[SUMS] = CommitOperationAdd(SUMS, sums.encode())
+        self.written = {SUMS: sums}  # what the folder is to have at the end
+        _refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
+
+    def run(self, dry_run: bool) -> str:
+        """The URL, once the repository holds the run."""
+        url = f"{self.api.endpoint}/{self.repo_id}" + (f"/tree/{self.branch}" if self.branch != "main" else "")
+        if dry_run:
+            plan = _persist(self.foresee)
+            print(f"would publish to {url}: {plan}", *plan.lines(), sep="\n")
+            return url
+        _persist(self.attempt)
+        for name, text in self.written.items():  # not earlier: the card tells what was published from what is new
+            if not (self.folder / name).exists() or (self.folder / name).read_text(encoding="utf-8") != text:
+                write_atomic(self.folder / name, text)
+        return url
+
+    def attempt(self):
+        """Everything from the beginning. Whatever an earlier attempt has done is found done."""
+        self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
+        if self.branch != "main":
+            self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        plan = self.compare(self.branch)
+        is_tagged, head = self.is_tagged(plan), plan.head
+        if plan.changes:
+            print(f"{self.repo_id}: {plan}", flush=True)
+            head = self.commit(plan)
+        if self.tag and not is_tagged:
+            self.api.create_tag(self.repo_id, tag=self.tag, revision=head, exist_ok=True)
+
+    def foresee(self) -> Plan:
+        """What an attempt would find, without making anything."""
+        try:
+            try:
+                plan = self.compare(self.branch)
+            except RevisionNotFoundError:
+                plan = self.compare("main")
+            self.is_tagged(plan)
+            return plan
+        except RepositoryNotFoundError:
+            return Plan(None, send=[*self.files.values(), *self.card(None)])
+
+    def compare(self, revision: str) -> Plan:
+        """The run and the repository at `revision`, file by file."""
+        info = self.api.model_info(self.repo_id, revision=revision)
+        if self.private and not info.private:
+            raise ValueError(f"{self.repo_id} is public: make it private in its settings, or leave out --private")
+        there = self.tree(info.sha)
+        files = [*self.files.values(), *self.card(self.fetch("README.md", there, info.sha))]
+        _refuse_token(files)
+        plan = Plan(info.sha)
+        for file in files:
+            (plan.keep if _is_same(file, there.get(file.path_in_repo)) else plan.send).append(file)
+        plan.delete = self.left_over({file.path_in_repo for file in files}, there, info.sha)
+        return plan
+
+    def commit(self, plan: Plan) -> str:
+        """The id of the commit, in which everything has arrived."""
+        # Copies: the client marks what it has sent, which the next attempt is not to rely on.
+        changes = [*map(copy.copy, plan.send), *map(CommitOperationDelete, plan.delete)]
+        message = f"Publish {self.folder.resolve().name}"
+        done = self.api.create_commit(
+            self.repo_id, changes, commit_message=message, revision=self.branch, parent_commit=plan.head
+        )
+        there = self.tree(done.oid)
+        lost = [file.path_in_repo for file in plan.send if not _is_same(file, there.get(file.path_in_repo))]
+        if lost:
+            raise ValueError(f"the repository did not take {', '.join(lost)}: is there a .gitignore in it?")
+        return done.oid
+
+    def tree(self, revision: str) -> dict[str, RepoFile]:
+        tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return {file.path: file for file in tree if isinstance(file, RepoFile)}
+
+    def card(self, theirs: str | None) -> list[CommitOperationAdd]:
+        """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
+        there is a person's."""
+        revision = None if self.branch == "main" else self.branch
+        texts = card_files(self.folder, source=self.repo_id, published=theirs, revision=revision)
+        ours = texts["README.md"]
+        self.written["README.md"] = ours
+        if theirs not in (None, ours):
+            if is_foreign(theirs):
+                print(f"README.md of {self.repo_id} was written by hand, and stays as it is", flush=True)
+                del texts["README.md"], self.written["README.md"]
+            elif is_foreign(ours) and any(section.is_edited(None) for section in sections(theirs).values()):
+                raise ValueError("README.md has no marks, and would overwrite what was written by hand on the Hub")
+        return [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+
+    def left_over(self, names: set[str], there: dict[str, RepoFile], revision: str) -> list[str]:
+        """What an earlier push left and this run has not: weights, results, and what the SHA256SUMS there lists. All
+        else is a person's."""
+        others = [name for name in there if name not in names and (_is_published(name) or name == EVAL_RESULTS)]
+        if not others:
+            return []
+        listed = {line.partition("  ")[2] for line in (self.fetch(SUMS, there, revision) or "").splitlines()}
+        measured = [*MEASURED, EVAL_RESULTS]
+        return [name for name in others if name in listed or name in measured or WEIGHTS.fullmatch(name)]
+
+    def fetch(self, name: str, there: dict[str, RepoFile], revision: str) -> str | None:
+        """The text of a small file of the repository; from here if that is the same. None if there is none."""
+        if name not in there:
+            return None
+        mine = self.folder / name
+        if mine.exists() and git_hash(mine.read_bytes()) == there[name].blob_id:
+            return mine.read_text(encoding="utf-8")
+        response = get_session().get(hf_hub_url(self.repo_id, name, revision=revision), headers=build_hf_headers())
+        hf_raise_for_status(response)
+        if not there[name].lfs and git_hash(response.content) != there[name].blob_id:
+            raise RuntimeError(f"{name} arrived damaged")
+        return response.content.decode("utf-8")
+
+    def is_tagged(self, plan: Plan) -> bool:
+        """Whether the tag is where it shall be. Raises ValueError if it is elsewhere."""
+        if self.tag is None:
+            return False
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(self.repo_id).tags}
+        if self.tag in tags and (plan.changes or tags[self.tag] != plan.head):
+            raise ValueError(f"the tag {self.tag} names another commit already: choose another --tag")
+        return self.tag in tags
+
+
+def _is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:
+    if there is None or there.size != file.upload_info.size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == file.upload_info.sha256.hex()
+    with file.as_file() as content:
+        return there.blob_id == git_hash(content.read())
+
+
+def _refuse_token(files: Iterable[CommitOperationAdd]):
+    """Raises ValueError if the login is written in a file that is about to be everybody's."""
+    token = (get_token() or "").encode()
+    for file in files:
+        if token and file.upload_info.size < 100e6 and not file.path_in_repo.endswith(".safetensors"):
+            with file.as_file() as content:
+                if token in content.read():
+                    raise ValueError(f"{file.path_in_repo} contains your token: take it out, and make a new one")
+
+
+# ---------------------------------------------------------------------------------------------- when it goes wrong
+
+
+def _persist(action: Callable):
+    """Does it; again, a few times, after what may pass."""
+    for number, wait in enumerate([*WAITS, None]):
+        try:
+            return action()
+        except (ValueError, OSError, RuntimeError, HTTPError) as error:
+            if wait is None or not _is_passing(error) or (asked := _asked_to_wait(error)) > LONGEST_WAIT:
+                raise
+            wait, reason = max(wait, asked), _without_token(_explain(error))
+        print(f"{reason}; trying again in {wait} s ({number + 1} of {len(WAITS)})", flush=True)
+        time.sleep(wait)
+
+
+def _http_error(error: BaseException | None) -> HTTPError | None:
+    """The client wraps the one that ended an upload."""
+    while error is not None and not isinstance(error, HTTPError):
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(_http_error(error), "response", None)
+    return None if response is None else response.status_code
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it may go well another time: no answer, half an answer, too many requests, another writer, the Hub's own
+    errors."""
+    if _http_error(error):
+        return _status(error) in [None, *PASSING]
+    return isinstance(error, RuntimeError | json.JSONDecodeError)  # RuntimeError: from the Xet client
+
+
+def _asked_to_wait(error: Exception) -> int:
+    """Seconds."""
+    headers = getattr(getattr(_http_error(error), "response", None), "headers", {})
+    reset = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    after = headers.get("retry-after", "").strip()
+    return int(after) if after.isdigit() else int(reset[1]) if reset else 0
+
+
+def _explain(error: Exception) -> str:
+    """What went wrong and what to do, on one line."""
+    cause, status = _http_error(error), _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to publish"
+    if status == 401 or isinstance(error, LocalTokenNotFoundError):
+        return f"the Hub {'does not know this login' if get_token() else 'needs a login'}: `hf auth login`, or HF_TOKEN"
+    if cause is None:
+        return one_line(error)
+    if status is None:
+        return f"{HfApi().endpoint} does not answer ({one_line(cause)})"
+    if status == 403:
+        return _whose_login() + "give a --repo of these, or a token that may write to it: `hf auth login`"
+    said = getattr(cause, "server_message", None) or one_line(cause)
+    reasons = {
+        404: "the Hub has no such user, repository or branch for this login: look at its name",
+        409: "somebody else is writing to it",
+        412: "somebody else is writing to it",
+        429: f"the Hub asks for fewer requests: wait {_asked_to_wait(error) or 300} s",
     }
+    meaning = reasons.get(status, "the Hub is out of order" if status >= 500 else "the Hub refused it")
+    return f"{meaning} ({status}: {' '.join(said.split())})"
 
 
-def _card_values(results: dict, folder: Path) -> dict[str, str | None]:
-    """The text for each placeholder of the template; None where eval_results.json has nothing."""
-
-    def shown(name, form):
-        return form(results[name]) if results.get(name) else None
-
-    data = results.get("data", {})
-    rows = [f"| {name} | {value:.5g} |" for name, value in _metrics(results).items()]
-    return {
-        "model_name": results["model_name"],
-        "family": results.get("family"),
-        "parameters": shown("parameters", "{:,}".format),
-        "snippet": shown("snippet", lambda code: _fenced(code, "python")),
-        "results": "\n".join(["| measured on held-out data | |", "|---|---|", *rows]) if rows else None,
-        "pictures": "\n\n".join(f"![{what}]({name})" for name, what in PICTURES.items() if (folder / name).exists()),
-        "sample": shown("sample", lambda text: _fenced(text, "text")),
-        "command": shown("command", lambda command: _fenced(command, "bash")),
-        "recipe": results.get("recipe"),
-        "data_source": data.get("source"),
-        "data_fingerprint": data.get("fingerprint"),
-        "data_licence": data.get("licence"),
-        "hardware": results.get("hardware"),
-        "wall_time": shown("wall_time_seconds", lambda seconds: f"{seconds / 3600:.2f} hours"),
-        "versions": shown("versions", lambda versions: ", ".join(f"{k} {v}" for k, v in versions.items())),
-        "citation": shown("citation", lambda entry: _fenced(entry, "bibtex")),
-    }
+def _whose_login() -> str:
+    with contextlib.suppress(ValueError, OSError, HTTPError, KeyError):
+        me = HfApi().whoami()
+        names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
+        return f"this login may not write to it, but to {', '.join(names)} at most: "
+    return "this login may not write to it: "
 
 
-def _card_header(results: dict, task: str) -> ModelCardData:
-    """What the Hub reads: library, task, licence, and the metrics as its `model-index`."""
-    data = results.get("data", {}).get("source", "unknown")
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=PIPELINES.get(task, task),
-        license=results.get("license", "apache-2.0"),
-        tags=[tag for tag in ("hf_models", results.get("family")) if tag],
-        model_name=results["model_name"],
-        eval_results=[
-            EvalResult(
-                task_type=PIPELINES.get(task, task),
-                dataset_type=data,
-                dataset_name=data,
-                metric_type=name.replace(" ", "_"),
-                metric_value=value,
-            )
-            for name, value in _metrics(results).items()
-        ]
-        or None,
+def _without_token(text: str) -> str:
+    return text.replace(get_token() or "\0", "<token>")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def main(argv: list[str] | None = None):
+    """`python -m training.publish`: see --help."""
+    parser = _Parser(
+        prog="python -m training.publish",
+        description="Publish a finished run on the Hugging Face Hub, in one commit. The login is that of "
+        "`hf auth login`, or HF_TOKEN. The same command again sends only what has changed, and goes on where an "
+        "interrupted one stopped.",
+        allow_abbrev=False,
     )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output folder of a finished run")
+    parser.add_argument("--repo", metavar="USER/NAME", help="default: the login's user, and the name of the folder")
+    parser.add_argument("--private", action="store_true", help="make a private repository, and refuse a public one")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be sent and deleted")
+    parser.add_argument("--branch", metavar="NAME", help="commit to this branch; default: main, or step-N with --step")
+    parser.add_argument("--tag", metavar="NAME", help="give the commit this name")
+    parser.add_argument("--step", metavar="N", type=int, help="publish the weights of checkpoints/step-N, not the last")
+    with user_errors(), contextlib.ExitStack() as stack:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # a value is not repeated: it may be a secret
+            what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
+            raise ValueError(f"{what}; see `python -m training.publish --help`")
+        published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
+        if not args.dry_run:
+            stack.enter_context(RunLock(folder))  # a training that still writes it is named
+        options = {"branch": args.branch, "tag": args.tag, "step": args.step, "dry_run": args.dry_run}
+        url = push(folder, args.repo or folder.resolve().name, args.private, **options)
+        if not args.dry_run:
+            print(f"published to {url}")
 
 
-def _render(template: str, values: dict[str, str | None]) -> str:
-    """Fills the template. Lines that miss a value go first, then the `## ` headings that have nothing below them."""
-    lines = [line for line in template.splitlines() if all(values[name] for name in Template(line).get_identifiers())]
-    rendered = [""]
-    for number, line in enumerate(lines):
-        below = next((other for other in lines[number + 1 :] if other), "## ")
-        is_empty_section = line.startswith("## ") and below.startswith("## ")
-        is_second_blank = not line and not rendered[-1]
-        if not is_empty_section and not is_second_blank:
-            rendered.append(Template(line).substitute(values))
-    return "\n".join(rendered[1:]) + "\n"
-
-
-def _sections(card: str) -> dict[str, str]:
-    """The sections of a card that belong to a person, marks included, by name."""
-    found = re.finditer(r"<!-- by hand: (\w+).*?<!-- end by hand -->", card, flags=re.DOTALL)
-    return {section[1]: section[0] for section in found}
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block, whose fence is longer than any row of backticks inside."""
-    longest = max((len(row) for row in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _quote(text: str | Path) -> str:
-    """A Python literal of the text in double quotes."""
-    return json.dumps(str(text), ensure_ascii=False)
+if __name__ == "__main__":
+    main()

@@ -18,11 +18,16 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from training.arguments import RunArguments, one_line, user_errors
+from hf_models.verify import write_checksums
+from training.arguments import RunArguments, one_line, recipe_fingerprint, user_errors
+from training.card import public_name, public_path, write_card
 from training.checkpoint import gather_training_state
 from training.draw import curves
 from training.files import write_atomic
-from training.publish import push, snippet, write_card
+from training.models import is_checkpoint
+from training.publish import push
+from training.snippets import snippet
+from training.steps import MAX_SHARD_SIZE, WEIGHTS
 
 
 class MetricsLog:
@@ -114,7 +119,7 @@ def finish(
         processor: the tokenizer or image processor.
         task: the pipeline that the model is for.
         data: source, fingerprint and licence of the training data.
-        pictures: more than the curves, by the name of the file; see `publish.PICTURES`.
+        pictures: more than the curves, by the name of the file; see `card.PICTURES`.
     """
     output_dir = Path(args.output_dir)
     tensors, _ = gather_training_state(model, [])
@@ -123,37 +128,46 @@ def finish(
         staging = output_dir / ".export"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            bare.save_pretrained(staging, state_dict=tensors["model"])
+            bare.save_pretrained(staging, state_dict=tensors["model"], max_shard_size=MAX_SHARD_SIZE)
         except SafetensorError as error:  # a full disk, in its words
             raise OSError(f"writing the weights to {staging} failed: {one_line(error)}") from error
         processor.save_pretrained(staging)
+        for path in output_dir.iterdir():
+            if WEIGHTS.fullmatch(path.name) and not (staging / path.name).exists():  # of another number of shards
+                path.unlink()
         for path in sorted(staging.iterdir()):
             os.replace(path, output_dir / path.name)
         staging.rmdir()
         code = snippet(args.output_dir, task)
+        words = [public_path(word) for word in sys.argv]
+        origins = [args.model, getattr(args, "backbone_weights", None)]
+        named = {"source": args.data_name or data["source"], "licence": args.data_license or data["licence"]}
         measured = {
             **results,
             "family": type(bare).__name__,
             "parameters": bare.num_parameters(),
             "task": task,
-            "command": f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(sys.argv)}",
-            "recipe": args.recipe,
-            "data": data,
+            "model": None if is_checkpoint(args.model) else args.model,
+            "started_from": [public_name(name) for name in origins if name and is_checkpoint(name)],
+            "command": f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)}",
+            "recipe": args.recipe and public_path(args.recipe),
+            "recipe_fingerprint": args.recipe and recipe_fingerprint(args.recipe),
+            "data": {**data, **named},
             "hardware": describe_hardware(accelerator),
             "versions": versions(),
-            "snippet": code,
         }
         write_atomic(output_dir / "eval_results.json", json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
         for name, picture in {"curves.png": curves(output_dir / "metrics.jsonl"), **(pictures or {})}.items():
             save = picture.savefig if isinstance(picture, Figure) else picture.save
             save(output_dir / name)
+        write_checksums(output_dir)
         write_card(output_dir)
         print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
-        if args.push_to_hub:
-            with user_errors():
-                print(f"published to {push(output_dir, args.hub_model_id)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:  # the others have ended: they would not wait for an upload
+        with user_errors():
+            print(f"published to {push(output_dir, args.hub_model_id)}", flush=True)
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

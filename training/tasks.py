@@ -114,7 +114,7 @@ def read_task(
         train, validation = read_hub(benchmark.hub, benchmark.validation_split)
         columns, monitor = benchmark.columns, benchmark.monitor
         label_names = label_names or benchmark.label_names
-        source = data
+        source = benchmark.hub
     elif data == "embedded":
         if kind != "classify":
             raise ValueError(f"there is no embedded data for --task {kind}: name some with --data")

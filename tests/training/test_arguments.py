@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import RunArguments, option, parse_arguments, parse_fields, user_errors
+from training.arguments import (
+    RunArguments,
+    option,
+    parse_arguments,
+    parse_fields,
+    recipe_fingerprint,
+    user_errors,
+)
 
 
 @dataclass
@@ -40,6 +47,13 @@ def test_a_recipe_reads_values_by_the_type_of_the_field_not_by_yaml(tmp_path):
     assert arguments.compile is True
     assert arguments.micro_batch_size is None
     assert arguments.hub_model_id == "123"
+
+
+def test_the_fingerprint_of_a_recipe_is_that_of_its_settings(tmp_path):
+    fingerprint = recipe_fingerprint(recipe(tmp_path, "max_steps: 7\nseed: 1\n"))
+    assert fingerprint == recipe_fingerprint(recipe(tmp_path, "# result  eval_loss 1.0\nseed: 1\n\nmax_steps: 7\n"))
+    assert fingerprint != recipe_fingerprint(recipe(tmp_path, "max_steps: 7\nseed: 2\n"))
+    assert recipe_fingerprint(str(tmp_path / "gone.yaml")) is None  # a run does not fail for it at its end
 
 
 def test_flags_can_be_set_and_unset(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_models
+from tests.training.cards import code_of
 from tests.training.test_tasks import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
 from training import finetune_bert, loop
 from training.arguments import parse_arguments
@@ -80,11 +81,11 @@ def test_a_task_is_learnt_and_its_snippet_runs(finetune, data, task, tmp_path):
     results = finetune(task, data[task], "--max_steps", "60")
     assert results[f"eval_{MEASURE[task]}"] >= 0.95
     assert "eval_loss" in results and "->" in results["sample"]
+    assert str(tmp_path) not in json.dumps(results)  # the results are for others too
     card = (tmp_path / "run" / "README.md").read_text()
-    assert results["snippet"] in card
     header = card.split("---")[1]
     assert {"regress": "text-classification", "pair": "text-classification"}.get(task, results["task"]) in header
-    CHECKS[task](*run_snippet(results["snippet"]), hf_models.ZooBertConfig.from_pretrained(tmp_path / "run"))
+    CHECKS[task](*run_snippet(code_of(tmp_path / "run")), hf_models.ZooBertConfig.from_pretrained(tmp_path / "run"))
 
 
 def run_snippet(snippet: str) -> tuple[str, dict]:
@@ -183,8 +184,9 @@ def gpt(tmp_path, tokenizer):
 def test_a_gpt_is_fine_tuned_with_the_same_script(finetune, data, gpt, task, tmp_path):
     results = finetune(task, data[task], "--model", gpt, "--config", "", "--max_steps", "80")
     assert results["family"] == "ZooGPTForSequenceClassification"
+    assert results["started_from"] == ["gpt"] and results["model"] is None
     assert results[f"eval_{MEASURE[task]}"] >= 0.9
-    assert "score" in run_snippet(results["snippet"])[0]
+    assert "score" in run_snippet(code_of(tmp_path / "run"))[0]
     again = finetune(task, data[task], "--model", tmp_path / "run", "--config", "", "--max_steps", "2", folder="again")
     assert again[f"eval_{MEASURE[task]}"] >= 0.9  # its head came along
 

@@ -1,231 +1,391 @@
+"""What a push leaves on the Hub, what it leaves alone there, and what it says when it cannot."""
+
 import json
-import subprocess
-import sys
+import logging
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+import traceback
 
 import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors.torch import load_file, save_file
 
-from training.publish import push, snippet, write_card
+from hf_models import ZooGPTForCausalLM
+from hf_models.verify import check_checksums
+from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
+from tests.hub_server import Fault
+from training.checkpoint import Checkpoints
+from training.publish import main, push
 
-RESULTS = {
-    "model_name": "gpt-embedded",
-    "family": "zoo_gpt",
-    "parameters": 1234567,
-    "snippet": snippet("runs/gpt-embedded"),
-    "command": "accelerate launch training/train_gpt.py --max_steps 5",
-    "recipe": "training/recipes/quickstart.yaml",
-    "data": {"source": "embedded", "fingerprint": "0a1b2c", "licence": "PSF-2.0"},
-    "hardware": "2 CPU cores",
-    "wall_time_seconds": 900.0,
-    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-    "eval_loss": 1.59134567,
-    "eval_bits_per_byte": 2.29,
-    "sample": "A $sample with\n```\nits own fence\n```\n\n\nand ## no heading",
-}
+ON_HUB = sorted([".gitattributes", "README.md", "SHA256SUMS", *PUBLISHED])
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run, with what belongs on the Hub and what does not."""
-    for name in ("config.json", "model.safetensors", "gpt.py", "curves.png", "metrics.jsonl", ".lock", "train.log"):
-        (tmp_path / name).write_text(name)
-    for name in ("checkpoints/step-000005/optimizer.safetensors", "wandb/config.json"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "eval_results.json").write_text(json.dumps(RESULTS))
-    return tmp_path
+    return write_run(tmp_path / "gpt")
 
 
-def card_of(run, **changes) -> str:
-    results = {key: value for key, value in {**RESULTS, **changes}.items() if value is not None}
-    (run / "eval_results.json").write_text(json.dumps(results))
-    return write_card(run).read_text()
+@pytest.fixture(autouse=True)
+def slept(monkeypatch):
+    """The seconds that were to be waited between two tries; nobody waits for them."""
+    seconds = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
 
 
-def test_the_card_shows_what_was_measured(run):
-    card = card_of(run)
-    for text in (
-        "# gpt-embedded",
-        "1,234,567 parameters",
-        "| loss | 1.5913 |",
-        "| bits per byte | 2.29 |",
-        f"```bash\n{RESULTS['command']}\n```",
-        f"```python\n{RESULTS['snippet']}\n```",
-        f"````text\n{RESULTS['sample']}\n````",
-        "- Recipe: `training/recipes/quickstart.yaml`",
-        "- Fingerprint of the data: `0a1b2c`",
-        "- Licence of the data: PSF-2.0",
-        "- Time: 0.25 hours",
-        "- Versions: torch 2.13.0, transformers 5.23.0",
-        "![Loss during training](curves.png)",
-        "## Limits and biases",
-        "@software{hf_models",
-    ):
-        assert text in card
+def edit(repo_id="me/gpt", **files):
+    """A commit by a person, on the Hub's page."""
+    operations = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+    HfApi().create_commit(repo_id, operations, commit_message="Edited")
 
 
-def test_the_header_is_what_the_hub_reads(run):
-    header = ModelCard(card_of(run)).data
-    assert (header.library_name, header.pipeline_tag, header.license) == (
-        "transformers",
-        "text-generation",
-        "apache-2.0",
-    )
-    assert header.tags == ["hf_models", "zoo_gpt"]
-    assert header.model_name == "gpt-embedded"
-    measured = {result.metric_type: result.metric_value for result in header.eval_results}
-    assert measured == {"loss": 1.59134567, "bits_per_byte": 2.29}
+def refused(run, repo_id="me/gpt", **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        push(run, repo_id, **options)
+    return str(caught.value)
 
 
-def test_what_was_not_measured_leaves_no_line_and_no_empty_section(run):
-    (run / "curves.png").unlink()
-    absent = dict.fromkeys(("eval_loss", "eval_bits_per_byte", "sample", "wall_time_seconds", "parameters", "data"))
-    card = card_of(run, **absent, eval_perplexity=float("inf"))
-    for text in (
-        "## Results",
-        "## A sample",
-        "Time:",
-        "parameters",
-        "Data:",
-        "model-index",
-        "inf",
-        "None",
-        "$",
-        ".png",
-    ):
-        assert text not in card
-    assert "\n\n\n" not in card
-    assert "- Hardware: 2 CPU cores" in card
+def local(run) -> dict:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_persons_words_stay_when_the_card_is_generated_again(run):
-    card = card_of(run)
-    begin, end = card.index("*To be written"), card.index("<!-- end by hand -->")
-    (run / "README.md").write_text(card[:begin] + "Mine, with 100 $ and \\1.\n" + card[end:])
-    card = card_of(run, eval_loss=1.25)
-    assert "Mine, with 100 $ and \\1.\n" in card and "*To be written" not in card
-    assert "| loss | 1.25 |" in card
-
-
-def test_a_readme_of_another_hand_is_not_touched(run):
-    (run / "README.md").write_text("# My own words\n")
-    assert card_of(run) == "# My own words\n"
-
-
-def test_a_run_without_results_has_no_card(tmp_path):
-    with pytest.raises(ValueError, match=r"eval_results\.json does not exist"):
-        write_card(tmp_path)
-    (tmp_path / "eval_results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval_results\.json is not JSON"):
-        write_card(tmp_path)
-
-
-def test_the_snippet_is_three_lines_that_load_and_use_the_checkpoint(tmp_path):
-    lines = snippet('runs/a "quoted" näme').split("\n")
-    assert len(lines) == 3
-    assert lines[1] == (
-        r'generate = pipeline("text-generation", model="runs/a \"quoted\" näme", trust_remote_code=True)'
-    )
-    with pytest.raises(ValueError, match="no snippet for task 'cooking'"):
-        snippet("runs/a", task="cooking")
-
-
-def test_the_snippet_of_a_detector_prints_a_line_for_each_object(tmp_path):
-    load, use = snippet(tmp_path, "object-detection").splitlines()[1:]
-    assert load.startswith('detect = pipeline("object-detection", model=')
-    assert use == f'print(*detect("{tmp_path}/example.png"), sep="\\n")'
-
-
-def test_the_snippet_runs(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    vocabulary = {character: number for number, character in enumerate("Te hx")}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?": len(vocabulary)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path)
-    GPT2LMHeadModel(GPT2Config(vocab_size=6, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", snippet(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("T")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub on loopback that takes every file and keeps the requests; `refuse` is a status for all answers."""
-    requests, refuse = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            requests.append((self.path, body))
-            answer = {"url": f"{endpoint}/me/gpt", "commitUrl": f"{endpoint}/me/gpt/commit/1", "commitOid": "1"}
-            if "preupload" in self.path:
-                names = [file["path"] for file in json.loads(body)["files"]]
-                answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-            self.answer(answer)
-
-        def do_GET(self):
-            self.answer({"id": "me/gpt", "sha": "0", "siblings": []})
-
-        def answer(self, content):
-            body = json.dumps({"error": "no\nright to"} if refuse else content).encode()
-            self.send_response(refuse[0] if refuse else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *ignored):
-            pass
-
-    server = ThreadingHTTPServer(("localhost", 0), Handler)
-    endpoint = f"http://localhost:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    yield endpoint, requests, refuse
-    server.shutdown()
+# ---- what is published ----
 
 
 def test_a_push_is_one_commit_of_the_checkpoint_without_the_runs_state(run, hub):
-    endpoint, requests, _ = hub
-    assert push(run, "me/gpt") == f"{endpoint}/me/gpt"
-    commits = [body for path, body in requests if "/commit/" in path]
-    assert len(commits) == 1
-    sent = [json.loads(line) for line in commits[0].splitlines()]
-    names = {line["value"]["path"] for line in sent if line["key"] == "file"}
-    kept = {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "gpt.py",
-        "eval_results.json",
-        "metrics.jsonl",
-        "curves.png",
-    }
-    assert names == kept
-    assert 'model="me/gpt"' in (run / "README.md").read_text()
+    assert push(run, "me/gpt") == f"{hub.endpoint}/me/gpt"
+    repository = hub.repository("me/gpt")
+    files = repository.files()
+    assert sorted(files) == ON_HUB
+    assert [commit["title"] for commit in repository.log()] == ["Publish gpt", "initial commit"]
+    for name in PUBLISHED:
+        assert files[name] == (run / name).read_bytes()
+    assert b'model="me/gpt"' in files["README.md"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 500])
-def test_a_refused_push_is_one_line_with_the_repository_and_without_the_token(run, hub, status):
-    hub[2].append(status)
-    with pytest.raises(ValueError) as caught:
-        push(run, "me/gpt")
-    message = str(caught.value)
-    assert "to me/gpt: " in message and "\n" not in message and "canary" not in message
+def test_the_folder_then_has_the_card_and_the_sums_that_were_published(run, hub):
+    push(run, "me/gpt")
+    files = hub.repository("me/gpt").files()
+    for name in ("README.md", "SHA256SUMS"):
+        assert (run / name).read_bytes() == files[name]
+    assert check_checksums(run) == CHECKPOINT
 
 
-def test_an_unreachable_hub_a_bad_name_and_an_unfinished_run_are_named(run, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
-    with pytest.raises(ValueError, match="to me/gpt: "):
-        push(run, "me/gpt")
-    with pytest.raises(ValueError, match="to me/not/a/name: "):
-        push(run, "me/not/a/name")
+def test_an_unchanged_run_is_no_commit_and_next_to_no_bytes(run, hub):
+    weights = {"weight": torch.zeros(2_000_000)}
+    save_file(weights, run / "model.safetensors")
+    push(run, "me/gpt")
+    hub.requests.clear()
+    push(run, "me/gpt")
+    assert len(hub.repository("me/gpt").log()) == 2
+    assert sum(request.received for request in hub.requests) < 3000
+    assert [request.method for request in hub.requests] == ["POST", "GET", "GET"]  # create, head, tree
+
+
+def test_only_what_has_changed_is_sent(run, hub):
+    push(run, "me/gpt")
+    (run / "gpt.py").write_text("changed = True")
+    hub.requests.clear()
+    push(run, "me/gpt")
+    assert not [request for request in hub.requests if request.method == "PUT"]
+    repository = hub.repository("me/gpt")
+    files, before = repository.files(), repository.files(repository.log()[1]["id"])
+    assert {name for name in files if files[name] != before[name]} == {"gpt.py", "SHA256SUMS"}
+
+
+def test_each_file_is_hashed_once(run, hub, monkeypatch):
+    hashed = []
+    compute = huggingface_hub.lfs.sha_fileobj
+    monkeypatch.setattr(huggingface_hub.lfs, "sha_fileobj", lambda file: hashed.append(file.name) or compute(file))
+    push(run, "me/gpt")
+    assert str(run / "model.safetensors") not in hashed  # but for SHA256SUMS
+
+
+def test_what_an_earlier_push_left_goes_in_the_same_commit_and_a_persons_files_stay(run, hub):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    earlier = write_run(run.with_name("earlier"))
+    (earlier / "model.safetensors").unlink()
+    for name in [*shards, "old.py", "detections.png", "vocab.txt"]:
+        (earlier / name).write_text(name)
+    push(earlier, "me/gpt")
+    theirs = ["app.py", "notes.txt", "adapter.safetensors", "demo/app.py", ".eval_results/theirs.yaml", "my.json"]
+    edit(**{name: name for name in theirs})
+    push(run, "me/gpt")
+    repository = hub.repository("me/gpt")
+    assert sorted(repository.files()) == sorted([*ON_HUB, *theirs])
+    assert len(repository.log()) == 4
+
+
+def test_weights_of_somebody_else_that_would_be_loaded_instead_are_deleted(run, hub):
+    HfApi().create_repo("me/gpt")
+    edit(**{"model.safetensors.index.json": "{}", "notes.txt": "mine"})
+    push(run, "me/gpt")
+    assert sorted(hub.repository("me/gpt").files()) == sorted([*ON_HUB, "notes.txt"])
+
+
+def test_a_link_is_refused_and_a_run_without_config_or_results(run, hub, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (run / "link.txt").symlink_to(tmp_path / "secret")
+    assert "link.txt is a symbolic link: put the file itself there" in refused(run)
+    (run / "link.txt").unlink()
+    (run / "eval_results.json").unlink()
+    assert "eval_results.json does not exist" in refused(run)
     (run / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        push(run, "me/gpt")
+    assert "no config.json" in refused(run)
+    assert not hub.repository("me/gpt").exists
+
+
+def test_a_token_in_a_file_is_not_published(run, hub):
+    (run / "merges.txt").write_text("a b\nhf_canary_of_me\n")
+    assert "merges.txt contains your token" in refused(run)
+    assert not hub.repository("me/gpt").exists
+
+
+# ---- what people write ----
+
+
+def test_words_written_on_the_hub_survive_and_come_back(run, hub):
+    push(run, "me/gpt")
+    card = (run / "README.md").read_text()
+    begin, end = card.index("*To be written"), card.index("<!-- end by hand -->")
+    edit(**{"README.md": card[:begin] + "Not for poems.\n" + card[end:]})
+    (run / "eval_results.json").write_text((run / "eval_results.json").read_text().replace("2.29", "2.25"))
+    push(run, "me/gpt")
+    card = hub.repository("me/gpt").files()["README.md"].decode()
+    assert "Not for poems." in card and "| bits per byte | 2.25 |" in card
+    assert (run / "README.md").read_text() == card
+    (run / "README.md").write_text(card.replace("Not for poems.", "Not for prose."))
+    push(run, "me/gpt")
+    assert b"Not for prose." in hub.repository("me/gpt").files()["README.md"]
+
+
+def test_a_readme_that_is_all_a_persons_is_not_overwritten(run, hub, capsys):
+    HfApi().create_repo("me/gpt")
+    edit(**{"README.md": "# Mine\n"})
+    push(run, "me/gpt")
+    assert hub.repository("me/gpt").files()["README.md"] == b"# Mine\n"
+    assert "README.md of me/gpt was written by hand, and stays as it is" in capsys.readouterr().out
+    hub.requests.clear()
+    push(run, "me/gpt")
+    assert not [request for request in hub.requests if "/commit/" in request.path]
+
+
+def test_a_readme_without_marks_is_published_unless_words_on_the_hub_would_go(run, hub):
+    push(run, "me/gpt")
+    card = (run / "README.md").read_text()
+    (run / "README.md").write_text("# Mine\n")
+    push(run, "me/gpt")
+    assert hub.repository("me/gpt").files()["README.md"] == b"# Mine\n"
+    edit(**{"README.md": card.replace("*To be written", "*Written")})
+    assert "would overwrite what was written by hand on the Hub" in refused(run)
+
+
+# ---- where it goes ----
+
+
+def test_a_private_push_makes_a_private_repository_and_refuses_a_public_one(run, hub):
+    push(run, "me/gpt", private=True)
+    assert hub.repository("me/gpt").private
+    push(run, "me/gpt")  # which does not make it public
+    assert hub.repository("me/gpt").private
+    push(run, "me/open")
+    assert "me/open is public: make it private in its settings" in refused(run, "me/open", private=True)
+
+
+def test_a_branch_is_made_from_main_and_a_tag_names_the_commit(run, hub):
+    push(run, "me/gpt", tag="first")
+    assert push(write_run(run, seed=1), "me/gpt", branch="next", tag="v/2") == f"{hub.endpoint}/me/gpt/tree/next"
+    repository = hub.repository("me/gpt")
+    assert repository.tags == {"first": repository.resolve("main"), "v/2": repository.resolve("next")}
+    assert repository.read_commit("next")["parent"] == repository.resolve("main")
+    assert b'model="me/gpt", revision="next"' in repository.files("next")["README.md"]
+    push(run, "me/gpt", branch="next", tag="v/2")
+    assert len(repository.log("next")) == 3
+
+
+def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(run, hub):
+    push(run, "me/gpt", tag="v1")
+    hub.requests.clear()
+    assert "the tag v1 names another commit already: choose another --tag" in refused(write_run(run, 1), tag="v1")
+    assert not [request for request in hub.requests if request.method == "PUT" or "/commit/" in request.path]
+
+
+def test_a_name_without_a_user_is_the_logins(run, hub):
+    assert push(run, "gpt") == f"{hub.endpoint}/me/gpt"
+
+
+def test_a_dry_run_shows_what_would_be_done_and_does_nothing(run, hub, capsys):
+    push(run, "me/gpt", dry_run=True)
+    assert "9 files to send (0.0 MB), 0 unchanged, 0 to delete" in capsys.readouterr().out
+    assert not hub.repository("me/gpt").exists
+    push(run, "me/gpt")
+    write_run(run, seed=1)
+    (run / "merges.txt").unlink()
+    before, log = local(run), hub.repository("me/gpt").log()
+    hub.requests.clear()
+    capsys.readouterr()
+    push(run, "me/gpt", dry_run=True, branch="next")
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert ["send", "8,104", "model.safetensors"] in shown
+    assert ["unchanged", str((run / "gpt.py").stat().st_size), "gpt.py"] in shown
+    assert ["delete", "merges.txt"] in shown
+    assert local(run) == before and hub.repository("me/gpt").log() == log
+    assert {request.method for request in hub.requests} == {"GET"}
+
+
+# ---- what goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({"token": None}, "the Hub needs a login: `hf auth login`, or HF_TOKEN"),
+        ({"token": "hf_canary_of_nobody"}, "the Hub does not know this login: `hf auth login`, or HF_TOKEN"),
+        ({"token": "hf_canary_of_a_reader"}, "this login may not write to it, but to reader at most: "),
+        ({"repo_id": "you/gpt"}, "this login may not write to it, but to me at most: give a --repo of these"),
+        ({"repo_id": "me/not/a/name"}, "Repo id must be"),
+        ({"repo_id": "me/--"}, "Repo id must"),
+        ({"status": 404}, "the Hub has no such user, repository or branch for this login: look at its name (404"),
+        ({"status": 409, "path": "/commit/"}, "somebody else is writing to it (409"),
+        ({"status": 413, "path": "/commit/"}, "the Hub refused it (413"),
+        ({"status": 429, "retry_after": 7}, "the Hub asks for fewer requests: wait 7 s (429"),
+        ({"status": 429, "retry_after": 3600}, "the Hub asks for fewer requests: wait 3600 s (429"),
+        ({"status": 500}, "the Hub is out of order (500"),
+        ({"status": 503, "path": "/storage/"}, "the Hub is out of order (503"),
+        ({"offline": True}, "HF_HUB_OFFLINE is set: unset it to publish"),
+        ({"stopped": True}, "does not answer ("),
+    ],
+    ids=lambda value: "-".join(f"{key}-{name}" for key, name in value.items()) if isinstance(value, dict) else "",
+)
+def test_what_goes_wrong_is_one_line_that_says_what_to_do(run, hub, monkeypatch, caplog, capfd, trouble, said):
+    hub.add_user("reader", "hf_canary_of_a_reader", role="read")
+    if "token" in trouble:
+        monkeypatch.setenv("HF_TOKEN", trouble["token"] or "")
+    if "status" in trouble:
+        hub.faults.append(fault_of(trouble))
+    if "offline" in trouble:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if "stopped" in trouble:
+        hub.stop()
+    repo_id = trouble.get("repo_id", "reader/gpt" if "reader" in str(trouble.get("token")) else "me/gpt")
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", True)
+    try:
+        push(run, repo_id)
+    except ValueError as error:
+        message, trace = str(error), traceback.format_exc()
+    assert message.startswith(f"cannot publish {run} to {repo_id}: ") and said in message and "\n" not in message
+    printed = capfd.readouterr()
+    assert "canary" not in message + trace + caplog.text + printed.out + printed.err
+    goes_on = f"; `python -m training.publish {run} --repo={repo_id}` goes on where it stopped"
+    assert message.endswith(goes_on) == (trouble.get("status") in (409, 429, 500, 503) or "stopped" in trouble)
+
+
+def fault_of(trouble: dict) -> Fault:
+    path = trouble.get("path", "repos/create")
+    return Fault("fail", path=path, times=99, status=trouble["status"], retry_after=trouble.get("retry_after"))
+
+
+def test_it_waits_as_long_as_the_hub_asks_and_tries_again(run, hub, slept, capsys):
+    hub.faults.append(Fault("fail", path="repos/create", status=429, retry_after=7))
+    hub.faults.append(Fault("fail", path="/commit/", status=503))
+    push(run, "me/gpt")
+    assert slept == [7, 4]
+    assert "(503: " in capsys.readouterr().out
+    assert len(hub.repository("me/gpt").log()) == 2
+
+
+def test_a_file_that_the_repository_ignores_is_named(run, hub):
+    HfApi().create_repo("me/gpt")
+    edit(**{".gitignore": "merges.txt\n"})
+    message = refused(run)
+    assert "the repository did not take merges.txt: is there a .gitignore in it?" in message
+
+
+def test_two_pushes_at_once_leave_one_run_whole(run, hub):
+    """The second one comes between the comparison of the first one and its commit."""
+    push(run, "me/gpt")
+    first, second = write_run(run.with_name("first"), seed=1), write_run(run.with_name("second"), seed=2)
+    (first / "only_first.py").write_text("")
+    (second / "only_second.py").write_text("")
+    hub.faults.append(fault := Fault("delay", path="/commit/", seconds=1))
+    thread = threading.Thread(target=push, args=(first, "me/gpt"))
+    thread.start()
+    assert fault.reached.wait(10)
+    push(second, "me/gpt")
+    thread.join()
+    repository = hub.repository("me/gpt")
+    for revision, expected in zip(repository.log()[:2], (first, second), strict=True):
+        files = repository.files(revision["id"])
+        names = {path.name for path in expected.iterdir() if path.suffix == ".py"}
+        assert {name for name in files if name.endswith(".py")} == names
+        assert files["model.safetensors"] == (expected / "model.safetensors").read_bytes()
+
+
+# ---- the command line ----
+
+
+def test_the_command_publishes_under_the_name_of_the_folder(run, hub, capsys):
+    main([str(run)])
+    assert capsys.readouterr().out.endswith(f"published to {hub.endpoint}/me/gpt\n")
+    main([str(run), "--repo", "me/other", "--private", "--tag", "v1", "--branch", "next"])
+    assert hub.repository("me/other").private and list(hub.repository("me/other").tags) == ["v1"]
+    main([str(run), "--repo", "me/third", "--dry-run"])
+    assert not hub.repository("me/third").exists
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["RUN", "--token", "hf_canary"], "unknown option --token; see"),
+        (["RUN", "--token=hf_canary"], "unknown option --token; see"),
+        (["--token", "hf_canary", "RUN"], "unknown option --token; see"),
+        (["RUN", "hf_canary"], "give one RUN_DIR"),
+        ([], "required: RUN_DIR"),
+        (["RUN/nothing"], "no config.json"),
+        (["RUN", "--step", "7"], "step-000007: manifest.json is missing; the checkpoints that there are: step-000005"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_a_token_is_not_repeated(run, hub, capsys, words, said):
+    with pytest.raises(SystemExit) as caught:
+        main([word.replace("RUN", str(run)) for word in words])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and said in printed.err and len(printed.err.splitlines()) == 1
+    assert "canary" not in printed.err + printed.out
+    assert not (run / "nothing").exists()
+
+
+# ---- a step ----
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_is_published_with_its_averaged_weights_and_only_its_measurements(run, hub, make_model, tied, tmp_path):
+    last = make_model(ZooGPTForCausalLM, tie_word_embeddings=tied)
+    last.save_pretrained(run)
+    model, averaged = (make_model(ZooGPTForCausalLM, tie_word_embeddings=tied) for _ in range(2))
+    progress = {"seconds": 60.0, "processor_seconds": 90.0, "joules": {"CPU": 0.0, "GPU": 0.0}}
+    ema = {name: parameter.detach() for name, parameter in averaged.named_parameters()}
+    tensors = {"model": model.state_dict(), "ema": ema, "optimizer": {"moment": torch.ones(3)}}
+    (run / "checkpoints/step-000005/optimizer.safetensors").unlink()
+    (run / "checkpoints/step-000005").rmdir()
+    Checkpoints(run / "checkpoints").save(3, tensors, {"progress": progress, "max_steps": 5})
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    lines[2:2] = [{"step": 3, "eval_loss": 0.75, "sample": "Third."}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main([str(run), "--repo", "me/gpt", "--step", "3"])
+
+    repository = hub.repository("me/gpt")
+    files = repository.files("step-3")
+    assert list(repository.files("main")) == [".gitattributes"]
+    assert [name for name in files if name not in ON_HUB and not name.endswith((".py", ".json"))] == []
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    published = load_file(tmp_path / "model.safetensors")
+    assert published.keys() == load_file(run / "model.safetensors").keys()
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in published.items())
+    results = json.loads(files["eval_results.json"])
+    assert (results["eval_loss"], results["sample"], results["wall_time_seconds"]) == (0.75, "Third.", 60.0)
+    assert "eval_bits_per_byte" not in results and results["parameters"] == 1234567
+    assert len(files["metrics.jsonl"].splitlines()) == 4
+    assert b"| loss | 0.75 |" in files["README.md"]

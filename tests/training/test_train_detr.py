@@ -19,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import hf_models
 from tests.faults.processes import draw_shapes
+from tests.training.cards import code_of
 from training import train_detr
 from training.arguments import parse_arguments
 from training.models import create_image_model, edges_of
@@ -95,7 +96,7 @@ def test_a_run_leaves_cocos_measures_and_pictures(runs):
 @pytest.mark.parametrize("name", ["scratch", "tuned"])
 def test_the_last_printed_lines_load_the_result_and_find_objects(runs, name):
     code = runs.printed[name].split("To use it:\n\n")[1]
-    assert code.strip() == json.loads((getattr(runs, name) / "eval_results.json").read_text())["snippet"]
+    assert code.strip() == code_of(getattr(runs, name))
     with redirect_stdout(io.StringIO()) as printed:
         exec(code.replace('png")', 'png", threshold=0.0)'), {})
     lines = printed.getvalue().splitlines()

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
 import hf_models
+from tests.training.cards import code_of
 from training import train_vit
 from training.augment import Augmentation
 from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
@@ -216,7 +217,7 @@ def test_the_image_processor_prepares_an_image_as_the_evaluation_does(size, num_
 @pytest.mark.parametrize("name", ["mae", "classify"])
 def test_the_last_printed_lines_load_the_result_and_use_it(runs, name):
     code = runs.printed[name].split("To use it:\n\n")[1]
-    assert code.strip() == json.loads((getattr(runs, name) / "eval_results.json").read_text())["snippet"]
+    assert code.strip() == code_of(getattr(runs, name))
     with redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
     assert ("score" if name == "classify" else "tensor(") in printed.getvalue()

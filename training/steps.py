@@ -1,0 +1,75 @@
+"""A run as it was after a step: a folder like the one that it leaves at the end, from one of its checkpoints."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+import hf_models
+from training.card import read_results
+from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
+from training.costs import measured_costs
+from training.draw import curves
+from training.files import write_atomic
+from training.optim import parameter_names
+
+MAX_SHARD_SIZE = "5GB"  # of a file of weights
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # and nothing else
+
+# What eval_results.json has besides measurements: it was so at every step.
+DESCRIPTION = ["family", "parameters", "task", "model", "started_from", "command", "recipe", "recipe_fingerprint"]
+DESCRIPTION += ["data", "hardware", "versions", "model_name", "license"]
+
+
+def export_step(run: Path, step: int, names: list[str], destination: Path):
+    """Makes the new folder `destination` what `run` would have left had it ended after `step`, as far as that was
+    measured: the weights of that checkpoint, the metrics up to there, and that step's evaluation if there was one.
+
+    Args:
+        names: the files of the finished run that are the same at every step: config, code, processor.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    checkpoints = Checkpoints(run / "checkpoints")
+    path = checkpoints.path(step)
+    if damage := find_damage(path):
+        others = ", ".join(sorted(other.name for other in path.parent.glob("step-*"))) or "none"
+        raise ValueError(f"{path}: {damage}; the checkpoints that there are: {others}")
+    checkpoint = checkpoints.load(path)
+    destination.mkdir()
+    for name in names:
+        if not WEIGHTS.fullmatch(name):
+            shutil.copyfile(run / name, destination / name)
+    if (run / "README.md").exists():  # for what a person wrote in it
+        shutil.copyfile(run / "README.md", destination / "README.md")
+    load_model(checkpoint, run).save_pretrained(destination, max_shard_size=MAX_SHARD_SIZE)
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["step"] <= step]
+    write_atomic(destination / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    curves(destination / "metrics.jsonl").savefig(destination / "curves.png")
+    results = measured_costs(checkpoint.state["progress"])
+    for line in lines:
+        if line["step"] == step:
+            results |= {name: value for name, value in line.items() if name.startswith("eval_") or name == "sample"}
+    at_the_end = read_results(run / "eval_results.json")
+    results |= {name: at_the_end[name] for name in DESCRIPTION if name in at_the_end}
+    write_atomic(destination / "eval_results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_model(checkpoint: Checkpoint, run: Path) -> PreTrainedModel:
+    """The model with the weights of a checkpoint; with their moving average, where the run keeps one, as in its
+    evaluations."""
+    config = AutoConfig.from_pretrained(run)
+    model = getattr(hf_models, config.architectures[0])(config)
+    restore_training_state(model, [], checkpoint)
+    if (checkpoint.path / "ema.safetensors").exists():
+        parameters = {names[0]: parameter for parameter, names in parameter_names(model).items()}
+        with torch.no_grad():
+            for name, average in checkpoint.tensors("ema").items():
+                parameters[name].copy_(average)
+    return model
