@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from hf_models.verify import write_checksums
@@ -124,6 +125,8 @@ def finish(
     output_dir = Path(args.output_dir)
     tensors, _ = gather_training_state(model, [])
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    # FSDP2 puts a class of its own in place of the model's, and its code would be saved as the model's.
+    bare.__class__ = next(kind for kind in type(bare).__mro__ if not issubclass(kind, FSDPModule))
     if accelerator.is_main_process:
         staging = output_dir / ".export"
         shutil.rmtree(staging, ignore_errors=True)

@@ -120,6 +120,9 @@ def test_fsdp2_trains_as_one_process_does_and_one_process_resumes_it(trainers, s
     trainers.run_ranks(tmp_path / "run", 2, env=FSDP2, micro_batch_size=2, **EVERY_STEP)
     assert_close(tmp_path / "run", single)
     assert saved_names(tmp_path / "run") == saved_names(single)
+    # The checkpoint is the model's own, code and class: nothing of FSDP is left in it.
+    assert {path.name for path in (tmp_path / "run").glob("*.py")} == {path.name for path in single.glob("*.py")}
+    assert (tmp_path / "run" / "config.json").read_text() == (single / "config.json").read_text()
 
 
 def test_fsdp2_resumes_bit_identical(trainers, tmp_path):
