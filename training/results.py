@@ -178,7 +178,8 @@ def describe_hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
     else:
-        device = f"{processor_name()}, {torch.get_num_threads()} threads"
+        number = torch.get_num_threads()
+        device = f"{processor_name()}, {number} thread{'s' * (number > 1)}"
     return f"{accelerator.num_processes} x {device}"
 
 
