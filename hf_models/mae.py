@@ -9,7 +9,7 @@ loss = mean over masked patches p of ||W_o g_L[p] - normalised pixels of p||^2
 B batch, C channels, P patches, K visible patches, D hidden size
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -26,6 +26,9 @@ from .layers import MultiHeadAttention, TransformerStack, make_norm
 from .losses import as_divisor
 from .patches import PatchPositions, fit_channels
 from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
+
+if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
+    from .base import ZooPreTrainedModel  # noqa: F401
 
 
 @strict

@@ -108,6 +108,9 @@ class Repository:
     def private(self) -> bool:
         return self._read("repository.json")["private"]
 
+    def set_private(self, private: bool):
+        self._write("repository.json", {**self._read("repository.json"), "private": private})
+
     @property
     def branches(self) -> dict[str, str]:
         return self._read("repository.json")["branches"]
@@ -416,7 +419,7 @@ class _Handler(BaseHTTPRequestHandler):
     def settings(self, repository):
         private = self.json_body().get("visibility") == "private"
         with self.hub.lock:
-            repository._write("repository.json", {**repository._read("repository.json"), "private": private})
+            repository.set_private(private)
         self.reply({"private": private})
 
     def validate_yaml(self):
