@@ -270,8 +270,8 @@ class Card(NamedTuple):
         hub_data = HUB_DATA.fullmatch(source)
         classes = next((name for name in results if name.startswith(PER_CLASS)), PER_CLASS)
         energy = _numbers(results.get("energy_kwh"))
-        hours = {
-            name: f"{numbers[f'{name}_seconds'] / 3600:.4g} hours"
+        times = {
+            name: _duration(numbers[f"{name}_seconds"])
             for name in ("wall_time", "processor_time")
             if f"{name}_seconds" in numbers
         }
@@ -294,8 +294,8 @@ class Card(NamedTuple):
             "data_fingerprint": data.get("fingerprint"),
             "data_licence": data.get("licence"),
             "hardware": texts.get("hardware"),
-            "wall_time": hours.get("wall_time"),
-            "processor_time": hours.get("processor_time"),
+            "wall_time": times.get("wall_time"),
+            "processor_time": times.get("processor_time"),
             "energy": ", ".join(f"{value:.4g} kWh ({name})" for name, value in energy.items()),
             "versions": ", ".join(f"{name} {version}" for name, version in _texts(results.get("versions")).items()),
             "citation": paper.get("entry") and _fenced(paper["entry"], "bibtex"),
@@ -379,6 +379,10 @@ def _task(results: dict) -> str:
 def _started_from(results: dict) -> list[str]:
     names = results.get("started_from")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
 
 
 def _label(measure: str) -> str:

@@ -15,6 +15,8 @@ def code_of(folder: Path) -> str:
 REPOSITORY, MEASURE = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[a-z0-9_]+")
 TASKS = {"text-generation", "fill-mask", "text-classification", "token-classification", "question-answering"}
 TASKS |= {"image-classification", "object-detection", "image-feature-extraction"}
+MEASURES = {"accuracy", "exact_match", "f1", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"}
+MEASURES |= {"recall", "spearmanr"}  # those of huggingface.co/metrics that are measured here
 HEADER = {  # of huggingface/hub-docs, modelcard.md; "?" ends the name of what may be missing
     "library_name": {"transformers"},
     "license": {"apache-2.0", "mit", "cc-by-4.0", "cc0-1.0"},
@@ -22,8 +24,7 @@ HEADER = {  # of huggingface/hub-docs, modelcard.md; "?" ends the name of what m
     "pipeline_tag": TASKS,
     "base_model?": [REPOSITORY],
     "datasets?": [REPOSITORY],
-    # Those of huggingface.co/metrics that are measured here.
-    "metrics?": [{"accuracy", "exact_match", "f1", "mse", "pearsonr", "perplexity", "precision", "recall"}],
+    "metrics?": [MEASURES],
     "tags": [re.compile("[a-z_-]+")],
     "model-index?": [
         {
