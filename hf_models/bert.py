@@ -477,6 +477,11 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    def stock_class_and_config(self):
+        stock_class, config = super().stock_class_and_config()
+        config.num_labels = 2  # two ends, however many classes the head of an earlier task told apart
+        return stock_class, config
+
     def answer(self, tokenizer, question: str, context: str, **options):
         """The best answers in the context, the best one first; `question_answering.answer_question` lists the
         options."""

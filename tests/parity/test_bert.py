@@ -206,6 +206,11 @@ def test_a_model_of_ours_goes_to_stock_and_comes_back(make_bert, load_as_ours, o
     assert torch.equal(load_as_ours(stock, our_class)(tokens)[0], ours(tokens)[0])
 
 
+def test_answers_have_two_ends_however_many_labels_there_were(make_bert, tokens):
+    ours = make_bert(ZooBertForQuestionAnswering, num_labels=3)
+    assert_close(ours.to_stock()(tokens).end_logits, ours(tokens).end_logits, **SAME)
+
+
 @pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention"])
 def test_stock_options_that_we_do_not_compute_are_refused(stock_bert, option, tmp_path):
     stock = stock_bert()
