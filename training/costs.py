@@ -38,7 +38,8 @@ class Costs:
     """What a run has cost so far, its earlier parts included, which are read from `progress` and written there:
 
     seconds: by the clock.
-    processor_seconds: of all processes and what they started, such as the decoding of images.
+    processor_seconds: of all processes and what they started, such as the decoding of images; None for a run whose
+        earlier parts did not count them.
     joules: of the "CPU" (whole processors of every machine, whatever else ran there) and the "GPU"s; None for what was
         not counted all the time.
     """
@@ -65,11 +66,13 @@ class Costs:
         spent += [sum(math.nan if c is None else c.joules for c in counters) for counters in self.counters.values()]
         processors, *joules = sum_over_processes(self.accelerator, spent)
         progress["seconds"] = self.earlier["seconds"] + time.perf_counter() - self.began
-        progress["processor_seconds"] = self.earlier["processor_seconds"] + processors
-        progress["joules"] = {
-            name: None if earlier is None or math.isnan(now) else earlier + now
-            for (name, earlier), now in zip(self.earlier["joules"].items(), joules, strict=True)
-        }
+        progress["processor_seconds"] = _add(self.earlier["processor_seconds"], processors)
+        earlier = self.earlier["joules"]
+        progress["joules"] = {name: _add(earlier[name], now) for name, now in zip(earlier, joules, strict=True)}
+
+
+def _add(earlier: float | None, now: float) -> float | None:
+    return None if earlier is None or math.isnan(now) else earlier + now
 
 
 def processor_seconds() -> float:
@@ -115,4 +118,5 @@ def measured_costs(progress: dict) -> dict:
     """The costs under the names of eval_results.json: seconds, and kilowatt hours of what was counted all the time."""
     energy = {name: round(joules / 3.6e6, 6) for name, joules in progress["joules"].items() if joules}
     times = {"wall_time_seconds": progress["seconds"], "processor_time_seconds": progress["processor_seconds"]}
-    return {name: round(value, 1) for name, value in times.items()} | ({"energy_kwh": energy} if energy else {})
+    times = {name: round(value, 1) for name, value in times.items() if value is not None}
+    return times | ({"energy_kwh": energy} if energy else {})

@@ -21,7 +21,8 @@ def resume(
     progress |= {"loss_sum": 0.0, "num_units": 0.0, "num_steps": 0, "interval_seconds": 0.0}  # see MetricsLog
     if checkpoint := on_main_process(accelerator, lambda: newest_checkpoint(args, checkpoints)):
         restore(accelerator, checkpoint, model, [optimizer.optimizer for optimizer in optimizers], ema)
-        progress |= checkpoint.state["progress"]
+        uncounted = {"processor_seconds": None, "joules": {"CPU": None, "GPU": None}}  # by an earlier version
+        progress |= uncounted | checkpoint.state["progress"]
         if progress["best"]["monitor"] != monitor:  # what was best by another measure is no match for this one
             progress["best"] = best
         if progress["best"]["step"] not in (None, progress["step"]):

@@ -54,6 +54,12 @@ def test_energy_that_was_not_counted_all_the_time_is_left_out(powercap):
     assert set(measured_costs(progress)) == {"wall_time_seconds", "processor_time_seconds"}
 
 
+def test_costs_that_an_earlier_version_did_not_count_are_left_out():
+    progress = {"seconds": 60.0, "processor_seconds": None, "joules": {"CPU": None, "GPU": None}}
+    Costs(Accelerator(cpu=True), progress).write(progress)
+    assert set(measured_costs(progress)) == {"wall_time_seconds"}
+
+
 def test_the_work_of_child_processes_is_counted():
     before = processor_seconds()
     subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
