@@ -89,6 +89,7 @@ class RunArguments:
     data_license: str | None = option(None, "licence of the data, for the card; None: what the data says", "publishing")
     push_to_hub: bool = option(False, "publish the result at the end", "publishing")
     hub_model_id: str | None = option(None, "user/name of the repository to publish to", "publishing")
+    hub_private: bool = option(False, "make the repository private, and refuse a public one", "publishing")
 
     def __post_init__(self):
         counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")

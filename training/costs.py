@@ -56,8 +56,12 @@ class Costs:
     def update(self):
         """To be called at every step."""
         for counters in self.counters.values():
-            for counter in filter(None, counters):
-                counter.update()
+            for place, counter in enumerate(counters):
+                try:
+                    if counter:
+                        counter.update()
+                except Exception:  # see `gpu_counter`
+                    counters[place] = None
 
     def write(self, progress: dict):
         """Puts what the run has cost into `progress`; every process has to call it."""

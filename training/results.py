@@ -135,6 +135,7 @@ def finish(
         except SafetensorError as error:  # a full disk, in its words
             raise OSError(f"writing the weights to {staging} failed: {one_line(error)}") from error
         processor.save_pretrained(staging)
+        (output_dir / "eval_results.json").unlink(missing_ok=True)  # what it says is not of the weights to come
         for path in output_dir.iterdir():
             if WEIGHTS.fullmatch(path.name) and not (staging / path.name).exists():  # of another number of shards
                 path.unlink()
@@ -142,7 +143,6 @@ def finish(
             os.replace(path, output_dir / path.name)
         staging.rmdir()
         code = snippet(args.output_dir, task)
-        words = [public_path(word) for word in sys.argv]
         origins = [args.model, getattr(args, "backbone_weights", None)]
         named = {"source": args.data_name or data["source"], "licence": args.data_license or data["licence"]}
         measured = {
@@ -152,7 +152,7 @@ def finish(
             "task": task,
             "model": None if is_checkpoint(args.model) else args.model,
             "started_from": [public_name(name) for name in origins if name and is_checkpoint(name)],
-            "command": f"accelerate launch --num_processes {accelerator.num_processes} {shlex.join(words)}",
+            "command": launch_command(args, accelerator),
             "recipe": args.recipe and public_path(args.recipe),
             "recipe_fingerprint": args.recipe and recipe_fingerprint(args.recipe),
             "data": {**data, **named},
@@ -170,7 +170,20 @@ def finish(
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:  # the others have ended: they would not wait for an upload
         with user_errors():
-            print(f"published to {push(output_dir, args.hub_model_id)}", flush=True)
+            print(f"published to {push(output_dir, args.hub_model_id, args.hub_private)}", flush=True)
+
+
+def launch_command(args: RunArguments, accelerator: Accelerator) -> str:
+    """The command of this run, without paths of this machine; what `accelerate launch` was told in a configuration
+    file is spelled out."""
+    words = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        words.append("--cpu")
+    if accelerator.is_fsdp2:
+        words += ["--use_fsdp", "--fsdp_version", "2"]
+    if args.mixed_precision is None and accelerator.mixed_precision != "no":
+        words += ["--mixed_precision", accelerator.mixed_precision]
+    return shlex.join([*words, *(public_path(word) for word in sys.argv)])
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

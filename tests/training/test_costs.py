@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from training.costs import Costs, EnergyCounter, cpu_counters, measured_costs, processor_seconds
+from training.costs import Costs, EnergyCounter, cpu_counters, gpu_counter, measured_costs, processor_seconds
 
 NOTHING = {"seconds": 0.0, "processor_seconds": 0.0, "joules": {"CPU": 0.0, "GPU": 0.0}}
 
@@ -52,6 +54,32 @@ def test_energy_that_was_not_counted_all_the_time_is_left_out(powercap):
     assert progress["joules"]["CPU"] is None
     assert "energy_kwh" not in measured_costs(progress)
     assert set(measured_costs(progress)) == {"wall_time_seconds", "processor_time_seconds"}
+
+
+def test_a_counter_that_fails_later_is_left_out_and_the_run_goes_on(powercap):
+    progress = dict(NOTHING)
+    run = Costs(Accelerator(cpu=True), progress)
+    (powercap / "intel-rapl:0" / "energy_uj").write_text("")
+    run.update()
+    run.write(progress)
+    assert progress["joules"]["CPU"] is None
+
+
+def test_a_gpus_energy_is_read_by_its_name(monkeypatch):
+    """In millijoules; without NVIDIA's library or such a GPU there is no counter."""
+    energy = iter([5000, 7500])
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID={b"GPU-1234": "handle"}.__getitem__,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(energy),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    counter = gpu_counter(torch.device("cuda", 0))
+    counter.update()
+    assert counter.joules == 2.5
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="other"))
+    assert gpu_counter(torch.device("cuda", 0)) is None
 
 
 def test_costs_that_an_earlier_version_did_not_count_are_left_out():
