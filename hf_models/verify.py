@@ -11,6 +11,7 @@ header of a safetensors file is read here, in Python, and not by a library that 
 then the tensors, end to end.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -62,8 +64,9 @@ def load_verified(
     """The model in a folder or a repository of the Hub, in evaluation mode, if the checkpoint is exactly what this
     package writes and what its SHA256SUMS says.
 
-    The class is one of ours, named by the config; code in the checkpoint is never run, pickles are never read (of a
-    repository they are not even fetched), and nothing is written outside huggingface_hub's cache. Sums prove little
+    The class is one of ours, named by the config; code in the checkpoint is never run, pickles are never read, and
+    nothing is written outside huggingface_hub's cache. Of a repository only what its SHA256SUMS lists is fetched, so
+    that a person may keep other files there; a folder with files that are not listed is refused. Sums prove little
     unless they are pinned: give `sha256`, or of a repository a commit as `revision`.
 
     Args:
@@ -81,18 +84,14 @@ def load_verified(
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256 is {_shown(sha256)}: give the 64 digits that `sha256sum {SUMS}` prints")
-    folder = root = Path(repo_or_folder)
+    folder = Path(repo_or_folder)
     if not folder.is_dir():
-        kinds = [SUMS, *(f"*{kind}" for kind in LISTED_KINDS)]
-        folder = Path(
-            snapshot_download(
-                str(repo_or_folder), revision=revision, token=token, allow_patterns=kinds, ignore_patterns=["*/*"]
-            )
-        )
-        root = folder.parent.parent  # a snapshot is links to the blobs beside it
+        folder, sums = _fetch(str(repo_or_folder), revision, token, sha256)
     elif revision is not None:
         raise ValueError(f"{folder} is a folder and has no revision {_shown(revision)}: pin it with sha256")
-    sums = _read_sums(folder, root, sha256)
+    else:
+        sums = _read_sums(folder, sha256)
+        _refuse_others(folder, sums)
     try:
         model, used = _load(folder, sums)
     except ValueError:
@@ -104,6 +103,25 @@ def load_verified(
             config.dtype = dtype or model.dtype
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _fetch(
+    repository: str, revision: str | None, token: str | bool | None, pin: str | None
+) -> tuple[Path, dict[str, str]]:
+    """The folder in the cache with what the repository's SHA256SUMS lists, and the sums. Another download may have left
+    more beside it there, as links to the cache's own files, which is not looked at."""
+    try:
+        folder = Path(hf_hub_download(repository, SUMS, revision=revision, token=token)).parent
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(
+            f"{_shown(repository)} has no {SUMS}: ask its owner to make it with "
+            "hf_models.verify.write_checksums(folder)"
+        ) from error
+    sums = _read_sums(folder, pin)
+    patterns = [glob.escape(name) for name in sums]
+    snapshot_download(repository, revision=folder.name, token=token, allow_patterns=patterns)  # the commit of the sums
+    _refuse_missing(folder, sums)
+    return folder, sums
 
 
 def _load(folder: Path, sums: dict[str, str]) -> tuple[PreTrainedModel, set[str]]:
@@ -156,33 +174,32 @@ def check_checksums(folder: str | Path, *, sha256: str | None = None) -> list[st
         ValueError: a file is changed, missing, not listed, or of a kind that has no place in a checkpoint.
     """
     folder = Path(folder)
-    sums = _read_sums(folder, folder, sha256)
+    sums = _read_sums(folder, sha256)
+    _refuse_others(folder, sums)
     _check_sums(folder, sums)
     return sorted(sums)
 
 
+def is_listed(name: str) -> bool:
+    """Whether SHA256SUMS is about files of this name."""
+    return name.endswith(LISTED_KINDS) and not name.startswith(UNLISTED)
+
+
 def _list_kinds(folder: Path) -> list[str]:
     """The names that the sums are about, sorted."""
-    names = (name for name in os.listdir(folder) if name.endswith(LISTED_KINDS) and not name.startswith(UNLISTED))
+    names = filter(is_listed, os.listdir(folder))
     return sorted(name for name in names if (folder / name).is_file() or (folder / name).is_symlink())
 
 
-def _read_sums(folder: Path, root: Path, pin: str | None) -> dict[str, str]:
-    """sha256 by name. Raises a `ValueError` unless they are of the files in `folder`, none of which is a link out of
-    `root` or a pickle."""
+def _read_sums(folder: Path, pin: str | None) -> dict[str, str]:
+    """sha256 by name, of names that may lie beside each other in a checkpoint; whether they do is not looked at."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    for name in sorted(os.listdir(folder)):
-        path = folder / name
-        if name.lower().endswith(PICKLES + OTHER_WEIGHTS):
-            raise ValueError(f"{_shown(path)}: reading such a file can run code; remove it, safetensors are enough")
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-            raise ValueError(f"{_shown(path)} is a link out of the folder; put the file itself there")
     path = folder / SUMS
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {SUMS}: if these files are as they should be, make it with "
-            "hf_models.verify.write_checksums(folder); of a repository, ask its owner to"
+            "hf_models.verify.write_checksums(folder)"
         )
     data = _read_small(path)
     if pin is not None and hashlib.sha256(data).hexdigest() != pin:
@@ -193,14 +210,31 @@ def _read_sums(folder: Path, root: Path, pin: str | None) -> dict[str, str]:
         if not match or match[2] in sums or match[2] in (".", ".."):
             raise ValueError(f"{path}, line {number}: not a sha256, two spaces and the name of one more file here")
         sums[match[2]] = match[1]
-    there = set(_list_kinds(folder))
-    if missing := sums.keys() - there:
-        raise ValueError(f"{path} lists {_some(missing)}, which is not here, or not of the kinds that loading reads")
-    if extra := {name for name in there - sums.keys() if not name.endswith(".txt")}:  # as a person's LICENSE.txt
+    if others := {name for name in sums if not is_listed(name)}:
+        raise ValueError(f"{path} lists {_some(others)}, which is not of the kinds that loading reads")
+    return sums
+
+
+def _refuse_missing(folder: Path, sums: dict[str, str]) -> None:
+    if missing := sums.keys() - set(_list_kinds(folder)):
+        raise ValueError(f"{folder / SUMS} lists {_some(missing)}, which is not here")
+
+
+def _refuse_others(folder: Path, sums: dict[str, str]) -> None:
+    """Raises a `ValueError` unless the sums are of all files in the folder that anybody could load: none is missing,
+    is not listed, is a link out of the folder or a pickle."""
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.lower().endswith(PICKLES + OTHER_WEIGHTS):
+            raise ValueError(f"{_shown(path)}: reading such a file can run code; remove it, safetensors are enough")
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{_shown(path)} is a link out of the folder; put the file itself there")
+    _refuse_missing(folder, sums)
+    extra = {name for name in _list_kinds(folder) if name not in sums and not name.endswith(".txt")}  # as LICENSE.txt
+    if extra:
         raise ValueError(
             f"{folder}: {_some(extra)} is not listed in {SUMS}; remove it, or write the sums again if it belongs here"
         )
-    return sums
 
 
 @contextmanager

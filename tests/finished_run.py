@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hf_models.verify import write_checksums
+
 RESULTS = {
     "eval_loss": 1.59134567,
     "eval_bits_per_byte": 2.29,
@@ -46,4 +48,5 @@ def write_run(folder: Path, seed: int = 0) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     save_file({"weight": weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    write_checksums(folder)
     return folder

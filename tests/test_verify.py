@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers.initialization import no_init_weights
 
@@ -451,6 +452,12 @@ def publish(folder, repo="me/model"):
     return HfApi().upload_folder(repo_id=repo, folder_path=folder).oid
 
 
+def fetched(hub) -> set[str]:
+    """The names of the files that somebody asked for."""
+    paths = (unquote(request.path).partition("/resolve/")[2] for request in hub.requests)
+    return {path.partition("/")[2] for path in paths if path}
+
+
 def test_a_repository_loads_at_any_of_its_revisions(hub, checkpoint):
     folder = checkpoint()
     first = publish(folder)
@@ -469,6 +476,50 @@ def test_what_a_push_published_loads(hub, checkpoint):
     (folder / "eval_results.json").write_text(json.dumps(RESULTS))
     push(folder, "me/pushed")
     assert_same_model(load_verified("me/pushed"), load_verified(folder))
+
+
+def test_what_a_person_keeps_in_a_repository_is_not_fetched_and_refuses_nothing(hub, checkpoint):
+    folder = checkpoint()
+    (folder / "[a-z]*.json").write_text("{}")
+    write_checksums(folder)
+    (folder / "eval_results.json").write_text(json.dumps(RESULTS))
+    push(folder, "me/kept")
+    theirs = ["app.py", "my.json", "model-00001-of-00002.safetensors", "theirs.txt", "demo/config.json"]
+    operations = [CommitOperationAdd(name, b"theirs") for name in theirs]
+    HfApi().create_commit("me/kept", operations, commit_message="Edited")
+    hub.requests.clear()
+    assert_same_model(load_verified("me/kept"), load_verified(folder))
+    assert fetched(hub) == {"SHA256SUMS", *check_checksums(folder)}
+    snapshot_download("me/kept")  # lays the others beside them
+    assert_same_model(load_verified("me/kept"), load_verified(folder))
+
+
+def test_the_pin_is_checked_before_anything_else_is_fetched(hub, checkpoint):
+    folder = checkpoint()
+    publish(folder)
+    pin = hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
+    assert "asked for" in refusal("me/model", sha256="0" * 64)
+    assert fetched(hub) == {"SHA256SUMS"}
+    assert refusal("me/model", sha256=pin) is None
+
+
+@pytest.mark.parametrize("listed", ["pytorch_model.bin", "run.json", "gone.json"])
+def test_sums_of_a_repository_fetch_only_what_loading_reads(hub, checkpoint, listed):
+    folder = checkpoint()
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  {listed}\n")
+    if listed != "gone.json":
+        (folder / listed).write_text("{}")
+    publish(folder)
+    assert f"lists {listed}" in refusal("me/model")
+    assert listed not in fetched(hub)
+
+
+def test_a_repository_without_sums_is_refused(hub, checkpoint):
+    folder = checkpoint()
+    (folder / "SHA256SUMS").unlink()
+    publish(folder)
+    assert "me/model has no SHA256SUMS: ask its owner" in refusal("me/model")
 
 
 def test_a_damaged_download_is_refused_until_it_is_fetched_again(hub, checkpoint):

@@ -27,7 +27,7 @@ from PIL import Image
 from hf_models.zoo import ZOO
 from training.arguments import user_errors
 from training.files import write_atomic
-from training.hand_written import is_foreign, merge, split_header
+from training.hand_written import is_foreign, merge, merge_header
 from training.snippets import PIPELINES, USES, snippet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ HUB_NAMES |= {"recall", "spearmanr"}
 HUB_DATA = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")  # how `--data` takes a data set of the Hub
 ENGLISH = ("CPython ", "docstrings of CPython ", "nyu-mll/glue:", "rajpurkar/squad", "lhoestq/conll2003")
 LICENSE = "apache-2.0"  # of code and weights, until a person says otherwise
-HEADER = ("library_name", "pipeline_tag", "base_model", "datasets", "metrics", "model_name", "model-index")
+WHOSE_ENERGY = {"CPU": "CPU, of the whole machine"}
 
 
 def write_card(output_dir: str | Path) -> Path:
@@ -137,8 +137,8 @@ def card_files(
         revision: the branch or tag that the card is for; None: the main branch.
 
     Raises:
-        ValueError: eval_results.json is missing or damaged; or a section of the card was changed by hand both in
-            `output_dir` and in the repository.
+        ValueError: eval_results.json is missing or damaged; or a section or the header of the card was changed by hand
+            both in `output_dir` and in the repository.
     """
     folder = Path(output_dir)
     results = read_results(folder / "eval_results.json")
@@ -166,15 +166,20 @@ def export(path: str | Path, output: str | Path | None = None) -> Path:
     path = Path(path)
     is_run = path.is_dir()
     results = read_results(path / "eval_results.json" if is_run else path)
-    name = path.stem if not is_run else Path(results.get("recipe") or path.resolve().name).stem
+    name = path.stem if not is_run else Path(_texts(results).get("recipe") or path.resolve().name).stem
     output = Path(output or path.parent)
     if is_run:
+        if (output / name).resolve() == path.resolve():
+            raise ValueError(
+                f"the pictures for {name}.md would replace those of the run {path}: choose another --output"
+            )
         pictures = {picture: path / picture for picture in PICTURES if (path / picture).exists()}
+        pictures = {picture: small_picture(original) for picture, original in pictures.items()}
         (output / name).mkdir(parents=True, exist_ok=True)
-        for old in (output / name).glob("*.png"):
-            old.unlink()
-        for picture, original in pictures.items():
-            write_atomic(output / name / picture, small_picture(original))
+        for picture in PICTURES:
+            (output / name / picture).unlink(missing_ok=True)
+        for picture, content in pictures.items():
+            write_atomic(output / name / picture, content)
         write_atomic(output / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     pictures = {picture: f"{name}/{picture}" for picture in PICTURES if (output / name / picture).exists()}
     card = Card(results, name, snippet(f"runs/{name}", _task(results)), pictures)
@@ -210,16 +215,21 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def public_path(word: str) -> str:
     """A word of a command line as others may see it: a path inside the working folder or this repository is relative
-    to it, and of another one only the last part is left. Whatever is no such path stays."""
-    option, equals, value = word.rpartition("=")
-    path = Path(os.path.expanduser(value))
+    to it, and of another one only the last part is left. Whatever is no such path stays. Paths may be in a list, with
+    commas, and behind a scheme: `--data=json:/a/b.json,file:///c`."""
+    return "".join(_public_part(part) for part in re.split("([,=])", word))
+
+
+def _public_part(part: str) -> str:
+    scheme, place = re.fullmatch(r"(file://|[A-Za-z][\w+.-]*:(?!//))?(.*)", part, flags=re.DOTALL).groups("")
+    path = Path(os.path.expanduser(place))
     if not path.is_absolute() and ".." not in path.parts:
-        return word
+        return part
     path = path.resolve()
     for folder in (Path.cwd(), REPOSITORY):
         if path.is_relative_to(folder):
-            return option + equals + str(path.relative_to(folder))
-    return option + equals + path.name
+            return scheme + str(path.relative_to(folder))
+    return scheme + path.name
 
 
 def public_name(source: str) -> str:
@@ -256,8 +266,12 @@ class Card(NamedTuple):
         """The card with what people wrote into earlier versions of it: `own`, beside the run, and `published`, on the
         Hub. `publishes`: it will go to the Hub."""
         body = _fill(TEMPLATE.read_text(encoding="utf-8"), self.values())
-        header = ModelCardData(**self.header(split_header(own)[0], split_header(published)[0]))
-        return f"---\n{header.to_yaml()}\n---\n\n{merge(body, own, published, publishes)}"
+        fields = self.header()
+        theirs, mark = merge_header(fields, own, published, publishes)
+        header = ModelCardData(**fields)
+        for name, value in theirs.items():
+            header[name] = value  # the class takes some names for others of its arguments
+        return f"---\n{header.to_yaml()}\n---\n\n{mark}{merge(body, own, published, publishes)}"
 
     def values(self) -> dict[str, str | None]:
         """The text for each placeholder of the template; None where eval_results.json has nothing."""
@@ -285,6 +299,7 @@ class Card(NamedTuple):
             "snippet": _fenced(self.code, "python"),
             "results": _table("measured on held-out data", "", {_label(k): v for k, v in measures(results).items()}),
             "per_class": _table("class", _label(classes.removeprefix(PER_CLASS)), _numbers(results.get(classes))),
+            "best_step": f"{numbers['best_step']:,}" if "best_step" in numbers else None,
             "pictures": "\n\n".join(f"![{PICTURES[name]}]({place})" for name, place in self.pictures.items()),
             "sample": _fenced(results["sample"], "text") if "sample" in texts else None,
             "command": _fenced(results["command"], "bash") if "command" in texts else None,
@@ -296,17 +311,13 @@ class Card(NamedTuple):
             "hardware": texts.get("hardware"),
             "wall_time": times.get("wall_time"),
             "processor_time": times.get("processor_time"),
-            "energy": ", ".join(f"{value:.4g} kWh ({name})" for name, value in energy.items()),
+            "energy": ", ".join(f"{value:.4g} kWh ({WHOSE_ENERGY.get(name, name)})" for name, value in energy.items()),
             "versions": ", ".join(f"{name} {version}" for name, version in _texts(results.get("versions")).items()),
             "citation": paper.get("entry") and _fenced(paper["entry"], "bibtex"),
         }
 
-    def header(self, own: dict[str, Any], published: dict[str, Any]) -> dict[str, Any]:
-        """What the Hub reads, with what is a person's in the earlier headers, that beside the run and the one on the
-        Hub: licence, language, more tags, and fields that are not in HEADER."""
-        earlier = {**own, **published}
-        licenses = [header["license"] for header in (published, own) if header.get("license", LICENSE) != LICENSE]
-        more_tags = [tag for header in (own, published) for tag in header.get("tags") or []]
+    def header(self) -> dict[str, Any]:
+        """What the Hub reads, but for what people write into it."""
         results, task = self.results, _task(self.results)
         source = _texts(results.get("data")).get("source", "unknown")
         data = HUB_DATA.fullmatch(source)
@@ -326,15 +337,14 @@ class Card(NamedTuple):
             for name, value in measures(results).items()
         ]
         return {
-            **{name: value for name, value in earlier.items() if name not in HEADER},
             "library_name": "transformers",
             "pipeline_tag": PIPELINES.get(task, task),
-            "license": licenses[0] if licenses else LICENSE,
-            "language": earlier.get("language") or ("en" if source.startswith(ENGLISH) else None),
+            "license": LICENSE,
+            "language": "en" if source.startswith(ENGLISH) else None,
             "base_model": [name for name in _started_from(results) if "/" in name] or None,
             "datasets": [data["id"]] if data else None,
             "metrics": sorted(HUB_NAMES & set(kinds.values())) or None,
-            "tags": [*tags, *more_tags],  # the class leaves out what is there twice
+            "tags": tags,
             "model_name": self.name if evaluated else None,
             "eval_results": evaluated or None,
         }
@@ -382,7 +392,8 @@ def _started_from(results: dict) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
+    number, unit = (seconds / 60, "minutes") if seconds < 7200 else (seconds / 3600, "hours")
+    return f"{number:{'.3g' if number < 999.5 else ',.0f'}} {unit}"
 
 
 def _label(measure: str) -> str:

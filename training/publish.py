@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import re
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
@@ -33,7 +33,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from hf_models.verify import SUMS, checksums
+from hf_models.verify import SUMS, checksums, is_listed
 from training.arguments import one_line, user_errors
 from training.card import EVAL_RESULTS, PICTURES, card_files
 from training.files import write_atomic
@@ -42,11 +42,10 @@ from training.run_folder import RunLock
 from training.snippets import EXAMPLE
 from training.steps import WEIGHTS, export_step
 
-# A checkpoint is files beside each other, of these kinds. Whatever else a run leaves (checkpoints/ with the state of
-# the optimizer, locks, logs of trackers) is not for others.
-MEASURED = ["eval_results.json", "metrics.jsonl", EXAMPLE, *PICTURES]
-PUBLISHED = ["*.safetensors", "*.json", "*.py", "*.txt", "*.jinja", *MEASURED]
-PRIVATE = ["run.json", "optimizer*", ".*"]
+# Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
+# optimizer, locks, logs of trackers) is not for others.
+MEASURED = ["eval_results.json", "metrics.jsonl", *PICTURES]
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")  # as the Hub makes them
 
 WAITS = [1, 4, 16]  # seconds before another try
 LONGEST_WAIT = 600  # seconds; the Hub counts requests over half of that
@@ -83,16 +82,18 @@ def push(
         with contextlib.ExitStack() as stack:
             if step is not None:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="publish-"))
-                names = [name for name in published_files(folder) if name not in MEASURED or name == EXAMPLE]
-                export_step(folder, step, names, folder := Path(temporary, folder.resolve().name))
+                names = [name for name in published_files(folder) if name not in MEASURED]
+                run, folder = folder, Path(temporary, folder.resolve().name)
+                export_step(run, step, names, folder)
                 branch = branch or f"step-{step}"
             return _Push(folder, repo_id, private, branch or "main", tag).run(dry_run)
     except (ValueError, OSError, RuntimeError, HTTPError) as error:
-        reason = _explain(error)
+        reason = _explain(error, repo_id)
         if _is_passing(error):
             words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-            words = [str(output_dir), f"--repo={repo_id}", *words] + ["--private"] * private
-            reason += f"; `python -m training.publish {shlex.join(words)}` goes on where it stopped"
+            words = [str(output_dir), f"--repo={repo_id}", *words] + ["--private"] * private + ["--dry-run"] * dry_run
+            what = "asks again" if dry_run else "goes on where it stopped"
+            reason += f"; `python -m training.publish {shlex.join(words)}` {what}"
     # Outside of the handler: a traceback would show the client's words too.
     raise ValueError(_without_token(f"cannot publish {output_dir} to {repo_id}: {reason}"))
 
@@ -111,7 +112,27 @@ def published_files(folder: Path) -> list[str]:
 
 
 def _is_published(name: str) -> bool:
-    return any(fnmatchcase(name, kind) for kind in PUBLISHED) and not any(fnmatchcase(name, kind) for kind in PRIVATE)
+    return is_listed(name) or name == EXAMPLE or name in MEASURED
+
+
+def _read_sums(text: str | None) -> dict[str, str]:
+    """sha256 by name, of what SHA256SUMS lists."""
+    lines = (line.partition("  ") for line in (text or "").split("\n"))
+    return {name: sha256 for sha256, _, name in lines if name}
+
+
+def _check_weights(folder: Path, sums: dict[str, str]):
+    """Raises ValueError if the weights are not those that the run's own SHA256SUMS lists, which was written with the
+    results."""
+    if not (folder / SUMS).exists():
+        return
+    measured = _read_sums((folder / SUMS).read_text(encoding="utf-8"))
+    for name in sorted(measured.keys() | sums.keys()):
+        if WEIGHTS.fullmatch(name) and measured.get(name) != sums.get(name):
+            raise ValueError(
+                f"{folder / name} is not what {SUMS} lists: it was damaged or changed since it was measured; repeat "
+                f"the run's command, or if it is as it should be, hf_models.verify.write_checksums({str(folder)!r})"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- one push
@@ -131,11 +152,9 @@ class Plan:
         return [*self.send, *self.delete]
 
     def __str__(self) -> str:
-        size = sum(file.upload_info.size for file in self.send)
-        return (
-            f"{len(self.send)} files to send ({size / 1e6:,.1f} MB), {len(self.keep)} unchanged, "
-            f"{len(self.delete)} to delete"
-        )
+        size, number = sum(file.upload_info.size for file in self.send), len(self.send)
+        sent = f"{number} file{'s' * (number != 1)} to send ({size / 1e6:,.1f} MB)"
+        return f"{sent}, {len(self.keep)} unchanged, {len(self.delete)} to delete"
 
     def lines(self) -> list[str]:
         """A line for each file: what becomes of it, and its size in bytes."""
@@ -155,11 +174,11 @@ class _Push:
         validate_repo_id(self.repo_id)
         self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
         sums = checksums(folder)
-        for line in sums.splitlines():  # for the comparison and for the client: each file is hashed once
-            sha256, name = line.split("  ", 1)
+        _check_weights(folder, _read_sums(sums))
+        for name, sha256 in _read_sums(sums).items():  # for the comparison and for the client: each is hashed once
             self.files[name].upload_info.sha256 = bytes.fromhex(sha256)
         self.files[SUMS] = CommitOperationAdd(SUMS, sums.encode())
-        self.written = {SUMS: sums}  # what the folder is to have at the end
+        self.sums, self.readme = sums, None  # what the folder is to have at the end
         _refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
 
     def run(self, dry_run: bool) -> str:
@@ -170,10 +189,24 @@ class _Push:
             print(f"would publish to {url}: {plan}", *plan.lines(), sep="\n")
             return url
         _persist(self.attempt)
-        for name, text in self.written.items():  # not earlier: the card tells what was published from what is new
-            if not (self.folder / name).exists() or (self.folder / name).read_text(encoding="utf-8") != text:
-                write_atomic(self.folder / name, text)
+        try:
+            self.write_back()
+        except OSError as error:
+            print(f"{one_line(error)}: {self.folder} stays without the card and the sums of {url}", flush=True)
         return url
+
+    def write_back(self):
+        """Gives the folder what was published; not earlier: the card tells what was published from what is new."""
+        if _text_of(self.folder / SUMS) != self.sums:
+            write_atomic(self.folder / SUMS, self.sums)
+        readme = self.folder / "README.md"
+        now = _text_of(readme)
+        if self.readme is None or now == self.readme:
+            return
+        if now == self.own:
+            write_atomic(readme, self.readme)
+        else:
+            print(f"{readme} was changed while it was published, and stays as it is: publish again", flush=True)
 
     def attempt(self):
         """Everything from the beginning. Whatever an earlier attempt has done is found done."""
@@ -236,13 +269,14 @@ class _Push:
         """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
         there is a person's."""
         revision = None if self.branch == "main" else self.branch
+        self.own = _text_of(self.folder / "README.md")  # before it is read for the card
         texts = card_files(self.folder, source=self.repo_id, published=theirs, revision=revision)
-        ours = texts["README.md"]
-        self.written["README.md"] = ours
+        self.readme = ours = texts["README.md"]
         if theirs not in (None, ours):
             if is_foreign(theirs):
                 print(f"README.md of {self.repo_id} was written by hand, and stays as it is", flush=True)
-                del texts["README.md"], self.written["README.md"]
+                del texts["README.md"]
+                self.readme = None
             elif is_foreign(ours) and any(section.is_edited(None) for section in sections(theirs).values()):
                 raise ValueError("README.md has no marks, and would overwrite what was written by hand on the Hub")
         return [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
@@ -253,9 +287,8 @@ class _Push:
         others = [name for name in there if name not in names and (_is_published(name) or name == EVAL_RESULTS)]
         if not others:
             return []
-        listed = {line.partition("  ")[2] for line in (self.fetch(SUMS, there, revision) or "").splitlines()}
-        measured = [*MEASURED, EVAL_RESULTS]
-        return [name for name in others if name in listed or name in measured or WEIGHTS.fullmatch(name)]
+        ours = {*MEASURED, EXAMPLE, EVAL_RESULTS, *_read_sums(self.fetch(SUMS, there, revision))}
+        return [name for name in others if name in ours or WEIGHTS.fullmatch(name)]
 
     def fetch(self, name: str, there: dict[str, RepoFile], revision: str) -> str | None:
         """The text of a small file of the repository; from here if that is the same. None if there is none."""
@@ -290,13 +323,19 @@ def _is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:
 
 
 def _refuse_token(files: Iterable[CommitOperationAdd]):
-    """Raises ValueError if the login is written in a file that is about to be everybody's."""
+    """Raises ValueError if the login, or another token of the Hub, is in a file that is about to be everybody's."""
     token = (get_token() or "").encode()
     for file in files:
-        if token and file.upload_info.size < 100e6 and not file.path_in_repo.endswith(".safetensors"):
+        if file.upload_info.size < 100e6 and not file.path_in_repo.endswith(".safetensors"):
             with file.as_file() as content:
-                if token in content.read():
-                    raise ValueError(f"{file.path_in_repo} contains your token: take it out, and make a new one")
+                text = content.read()
+            if (token and token in text) or TOKEN.search(text):
+                whose = "your token" if token and token in text else "a token of the Hub"
+                raise ValueError(f"{file.path_in_repo} contains {whose}: take it out, and make a new one")
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------- when it goes wrong
@@ -323,16 +362,23 @@ def _http_error(error: BaseException | None) -> HTTPError | None:
 
 
 def _status(error: BaseException) -> int | None:
-    response = getattr(_http_error(error), "response", None)
-    return None if response is None else response.status_code
+    """Of the answer that was an error. Xet, which takes large files where its client is installed, has Python's own
+    classes for it, and the number only in their words; those of a file name the file."""
+    if cause := _http_error(error):
+        return getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(error, PermissionError | FileNotFoundError) and error.filename is None:
+        return 401 if isinstance(error, PermissionError) else 404
+    said = isinstance(error, ConnectionError) and re.search(r"HTTP status \w+ error \((\d{3})\b", str(error))
+    return int(said[1]) if said else None
 
 
 def _is_passing(error: Exception) -> bool:
     """Whether it may go well another time: no answer, half an answer, too many requests, another writer, the Hub's own
-    errors."""
-    if _http_error(error):
-        return _status(error) in [None, *PASSING]
-    return isinstance(error, RuntimeError | json.JSONDecodeError)  # RuntimeError: from the Xet client
+    errors. A RuntimeError is the client's too: what is wrong with the run is a ValueError or names a file."""
+    if status := _status(error):
+        return status in PASSING
+    classes = HTTPError | RuntimeError | ConnectionError | TimeoutError | json.JSONDecodeError
+    return isinstance(_http_error(error) or error, classes) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def _asked_to_wait(error: Exception) -> int:
@@ -343,20 +389,22 @@ def _asked_to_wait(error: Exception) -> int:
     return int(after) if after.isdigit() else int(reset[1]) if reset else 0
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, repo_id: str = "") -> str:
     """What went wrong and what to do, on one line."""
-    cause, status = _http_error(error), _status(error)
+    cause, status = _http_error(error) or error, _status(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to publish"
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
         return f"the Hub {'does not know this login' if get_token() else 'needs a login'}: `hf auth login`, or HF_TOKEN"
-    if cause is None:
-        return one_line(error)
+    said = " ".join((getattr(cause, "server_message", None) or one_line(cause)).split())
+    if status is None and isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+        return f"{HfApi().endpoint} does not answer ({said})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{HfApi().endpoint} answered with half of it ({said})"
     if status is None:
-        return f"{HfApi().endpoint} does not answer ({one_line(cause)})"
+        return said
     if status == 403:
-        return _whose_login() + "give a --repo of these, or a token that may write to it: `hf auth login`"
-    said = getattr(cause, "server_message", None) or one_line(cause)
+        return f"{_who_may_not(repo_id)} (403: {said})"
     reasons = {
         404: "the Hub has no such user, repository or branch for this login: look at its name",
         409: "somebody else is writing to it",
@@ -364,15 +412,18 @@ def _explain(error: Exception) -> str:
         429: f"the Hub asks for fewer requests: wait {_asked_to_wait(error) or 300} s",
     }
     meaning = reasons.get(status, "the Hub is out of order" if status >= 500 else "the Hub refused it")
-    return f"{meaning} ({status}: {' '.join(said.split())})"
+    return f"{meaning} ({status}: {said})"
 
 
-def _whose_login() -> str:
+def _who_may_not(repo_id: str) -> str:
+    """What the login is missing: the right name, or what the Hub says."""
     with contextlib.suppress(ValueError, OSError, HTTPError, KeyError):
         me = HfApi().whoami()
         names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
-        return f"this login may not write to it, but to {', '.join(names)} at most: "
-    return "this login may not write to it: "
+        if "/" in repo_id and repo_id.split("/")[0] not in names:
+            may = f"this login may not write to it, but to {', '.join(names)} at most"
+            return f"{may}: give a --repo of these, or a token that may write to it: `hf auth login`"
+    return "the Hub does not allow it to this login; if its token may only read, `hf auth login` with another"
 
 
 def _without_token(text: str) -> str:
@@ -384,7 +435,7 @@ def _without_token(text: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(message.partition(" '")[0].rstrip(":"))  # the value that follows may be a secret
 
 
 def main(argv: list[str] | None = None):
@@ -409,8 +460,8 @@ def main(argv: list[str] | None = None):
             what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
             raise ValueError(f"{what}; see `python -m training.publish --help`")
         published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
-        if not args.dry_run:
-            stack.enter_context(RunLock(folder))  # a training that still writes it is named
+        if not args.dry_run and os.access(folder, os.W_OK):  # what nobody can write needs no lock
+            stack.enter_context(RunLock(folder, "RUN_DIR"))  # a training that still writes it is named
         options = {"branch": args.branch, "tag": args.tag, "step": args.step, "dry_run": args.dry_run}
         url = push(folder, args.repo or folder.resolve().name, args.private, **options)
         if not args.dry_run:

@@ -20,13 +20,14 @@ class RunLock:
 
     A POSIX record lock: the kernel frees it when its holder dies, by kill -9 too, and forked data workers do not
     inherit it. Closing any other descriptor of the file in the same process would also free it: do not open it.
-    Raises ValueError naming the holder, or saying that the folder cannot be written.
+    Raises ValueError naming the holder, or saying that the folder cannot be written; `option` is what the user called
+    the folder by.
     """
 
     _held: set[Path] = set()
 
-    def __init__(self, output_dir: Path | str):
-        self.output_dir = Path(output_dir).resolve()
+    def __init__(self, output_dir: Path | str, option: str = "--output_dir"):
+        self.output_dir, self.option = Path(output_dir).resolve(), option
 
     def __enter__(self) -> "RunLock":
         # The kernel grants a process its own lock a second time, and closing that one would free both.
@@ -36,8 +37,8 @@ class RunLock:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b", buffering=0)
         except OSError as error:
-            reason = f"--output_dir {self.output_dir} cannot be written ({error.strerror})"
-            raise ValueError(f"{reason}; choose another --output_dir") from error
+            reason = f"{self.option} {self.output_dir} cannot be written ({error.strerror})"
+            raise ValueError(f"{reason}; choose another {self.option}") from error
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between open and lock, --restart in another process may have moved the folder, and this file with it.
@@ -48,8 +49,8 @@ class RunLock:
             holder = self._file.read().decode(errors="replace") or "another process"
             self._file.close()
             raise ValueError(
-                f"--output_dir {self.output_dir} is being written by {holder} ({error.strerror}); wait for it or stop "
-                "it, or choose another --output_dir"
+                f"{self.option} {self.output_dir} is being written by {holder} ({error.strerror}); wait for it or stop "
+                f"it, or choose another {self.option}"
             ) from error
         with contextlib.suppress(OSError):  # a full disk: the name is a courtesy, the lock is held
             self._file.truncate(0)

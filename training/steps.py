@@ -1,14 +1,17 @@
 """A run as it was after a step: a folder like the one that it leaves at the end, from one of its checkpoints."""
 
+import contextlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_models
+from training.arguments import one_line
 from training.card import read_results
 from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.costs import measured_costs
@@ -21,7 +24,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.
 
 # What eval_results.json has besides measurements: it was so at every step.
 DESCRIPTION = ["family", "parameters", "task", "model", "started_from", "command", "recipe", "recipe_fingerprint"]
-DESCRIPTION += ["data", "hardware", "versions", "model_name", "license"]
+DESCRIPTION += ["data", "hardware", "versions"]
 
 
 def export_step(run: Path, step: int, names: list[str], destination: Path):
@@ -32,7 +35,8 @@ def export_step(run: Path, step: int, names: list[str], destination: Path):
         names: the files of the finished run that are the same at every step: config, code, processor.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
+        ValueError: there is no such checkpoint, it is damaged, or it is not of the model that the config describes.
+        OSError: a file cannot be written.
     """
     checkpoints = Checkpoints(run / "checkpoints")
     path = checkpoints.path(step)
@@ -46,9 +50,19 @@ def export_step(run: Path, step: int, names: list[str], destination: Path):
             shutil.copyfile(run / name, destination / name)
     if (run / "README.md").exists():  # for what a person wrote in it
         shutil.copyfile(run / "README.md", destination / "README.md")
-    load_model(checkpoint, run).save_pretrained(destination, max_shard_size=MAX_SHARD_SIZE)
+    try:
+        model = load_model(checkpoint, run)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be loaded into the model of {run}: {one_line(error)}") from error
+    try:
+        model.save_pretrained(destination, max_shard_size=MAX_SHARD_SIZE)
+    except SafetensorError as error:  # a full disk, in its words
+        raise OSError(f"writing the weights of {path} to {destination} failed: {one_line(error)}") from error
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line torn by a kill
+            lines.append(json.loads(text))
     lines = [line for line in lines if line["step"] <= step]
     write_atomic(destination / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     curves(destination / "metrics.jsonl").savefig(destination / "curves.png")

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from huggingface_hub import HfApi  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from hf_models.verify import write_checksums  # noqa: E402
 from tests.finished_run import PUBLISHED, write_run  # noqa: E402
 from training.publish import push  # noqa: E402
 
@@ -60,11 +61,13 @@ def main():
 
         run = write_run(Path(folder, "run"))
         save_file({"weight": torch.randn(args.unchanged_mb * 250_000)}, run / "model.safetensors")
+        write_checksums(run)
         push(run, "me/unchanged")
         seconds, size = measure(lambda: push(run, "me/unchanged"))
         print(f"unchanged, {args.unchanged_mb} MB: {size / 1e3:.1f} kB sent in {seconds:.1f} s")
 
         save_file({"weight": torch.randn(args.sent_mb * 250_000)}, run / "model.safetensors")
+        write_checksums(run)
         line = args.mbit * 1e6 / 8
         pushed, _ = measure(lambda: push(run, "me/pushed"), line)
 

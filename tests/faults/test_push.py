@@ -1,5 +1,6 @@
 """A push that is interrupted anywhere and repeated ends as one that was not; nothing that it says holds the token."""
 
+import dataclasses
 import multiprocessing
 import shutil
 import sys
@@ -9,11 +10,13 @@ import traceback
 
 import huggingface_hub
 import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import logging
 
 from hf_models import load_verified
+from hf_models.verify import write_checksums
 from tests.faults.processes import MODEL, files
-from tests.finished_run import write_run
+from tests.finished_run import PUBLISHED, write_run
 from tests.hub_server import Fault
 from training import publish, results, train_gpt
 from training.publish import push
@@ -103,6 +106,41 @@ def pattern(path: str) -> str:
     """The requests of this kind: a commit's id differs from push to push."""
     parts = [part if len(part) != 40 else "[0-9a-f]{40}" for part in path.partition("?")[0].split("/")]
     return "/".join(parts) + r"($|\?)"
+
+
+INTERRUPTIONS = {
+    "the commit's answer is lost": Fault("drop_after", path="/commit/"),
+    "nobody says how to send the weights": Fault("fail", path="/preupload/", times=99),
+    "the weights break off": Fault("drop", path="/storage/", times=99),
+    "the card cannot be fetched": Fault("drop", path="/resolve/", times=99),
+}
+
+
+@pytest.mark.parametrize("fault", INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
+def test_onto_shards_and_what_people_wrote_it_ends_as_one_that_was_not_interrupted(hub, run, once, fault):
+    earlier = write_run(run.with_name("earlier"), seed=1)
+    (earlier / "model.safetensors").unlink()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in [*shards, "old.py"]:
+        (earlier / name).write_text(name)
+    write_checksums(earlier)
+    push(earlier, "me/gpt")
+    card = (earlier / "README.md").read_text().replace("*To be written", "Not for poems. *To be written")
+    edits = {"README.md": card, "app.py": "theirs"}
+    operations = [CommitOperationAdd(name, text.encode()) for name, text in edits.items()]
+    HfApi().create_commit("me/gpt", operations, commit_message="Edited")
+
+    hub.faults.append(dataclasses.replace(fault, reached=threading.Event()))
+    with pytest.raises(ValueError, match="goes on where it stopped$"):
+        push(run, "me/gpt")
+    hub.faults.clear()
+    push(run, "me/gpt")
+    repository = hub.repository("me/gpt")
+    published = repository.files()
+    assert [commit["title"] for commit in repository.log()][:2] == ["Publish gpt", "Edited"]
+    assert sorted(published) == sorted([".gitattributes", "README.md", "SHA256SUMS", "app.py", *PUBLISHED])
+    assert b"Not for poems." in published["README.md"] and published["app.py"] == b"theirs"
+    assert all((run / name).read_bytes() == published[name] for name in published if (run / name).exists())
 
 
 PLACES = {  # and for how long, in seconds, the Hub thinks about what the killed process had asked for

@@ -35,6 +35,7 @@ RESULTS = {
     "eval_loss": 1.59134567,
     "eval_bits_per_byte": 2.29,
     "eval_per_class_accuracy": {"a|b": 0.75, "none": None},
+    "best_step": 1300,
     "eval_tokens_per_second": 98765.4,
     "sample": "A $sample with\n```\nits own fence\n```\n\n\n## No heading\n<!-- by hand: limits -->\n<!-- end by hand",
 }
@@ -98,6 +99,7 @@ def test_the_card_shows_what_was_measured(run):
         "| loss | 1.5913 |",
         "| bits per byte | 2.29 |",
         "| class | accuracy |\n|---|---|\n| a\\|b | 0.75 |\n\n",
+        "- Weights: of step 1,300, the best on these data\n",
         f"```bash\n{RESULTS['command']}\n```",
         "````text\nA $sample with\n```\nits own fence\n```",
         "- Recipe: `training/recipes/gpt-embedded.yaml`",
@@ -108,7 +110,7 @@ def test_the_card_shows_what_was_measured(run):
         "- Hardware: 1 x CPU, 2 threads",
         "- Time: 15 minutes by the clock",
         "- Time of the processors: 2.5 hours",
-        "- Energy: 0.0125 kWh (CPU), 0.25 kWh (GPU)",
+        "- Energy: 0.0125 kWh (CPU, of the whole machine), 0.25 kWh (GPU)",
         "- Versions: torch 2.13.0, transformers 5.23.0",
         "![Loss during training](curves.png)",
         "## Limits and biases",
@@ -160,6 +162,14 @@ def test_a_number_comes_from_the_results_or_is_not_there(run, path):
     without = {card_of(run, changed(RESULTS, path, value)) for value in (None, float("nan"), float("inf"), "9", True)}
     assert len(without) == 1  # as if it were not there
     assert len(without.pop()) < len(card)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.6, "0.01 minutes"), (7199.9, "120 minutes"), (7200, "2 hours"), (3599e3, "1,000 hours"), (5e6, "1,389 hours")],
+)
+def test_a_time_has_three_digits_or_all_of_its_hours(run, seconds, shown):
+    assert f"- Time: {shown} by the clock" in card_of(run, {**RESULTS, "wall_time_seconds": seconds})
 
 
 @every_task
@@ -318,15 +328,144 @@ def test_a_run_made_anew_has_the_words_from_the_hub(run):
     assert "From the Hub.\n" in on_hub(run, published)
 
 
-def test_what_a_person_changed_in_the_header_stays(run):
-    theirs = "license: mit\nlanguage: de\nthumbnail: a.png\ntags:\n- mine\nmetrics:\n- wer\n"
+class Place:
+    """A place that the card of a run is pushed to."""
+
+    def __init__(self, run):
+        self.run, self.card = run, None
+
+    def push(self):
+        self.card = on_hub(self.run, self.card)
+        (self.run / "README.md").write_text(self.card)
+        assert on_hub(self.run, self.card) == self.card  # nothing more to send
+        assert card_of(self.run) == card_of(self.run)
+
+    def here(self, change):
+        (self.run / "README.md").write_text(change((self.run / "README.md").read_text()))
+
+    def there(self, change):
+        self.card = change(self.card)
+
+
+@pytest.fixture
+def places(run):
+    """Two, both with the card as it was first."""
+    card_of(run)
+    first, second = Place(run), Place(run)
+    first.push()
+    second.push()
+    return first, second
+
+
+def says(words):
+    return lambda card: edit(card, words)
+
+
+def has(**fields):
+    """With these fields in the header; None takes one out."""
+
+    def change(card):
+        _, header, body = card.split("---\n", 2)
+        header = {name: value for name, value in {**yaml.safe_load(header), **fields}.items() if value is not None}
+        return f"---\n{yaml.safe_dump(header)}---\n{body}"
+
+    return change
+
+
+def theirs_in(card: str) -> tuple:
+    """What in a card is a person's."""
+    header = yaml.safe_load(card.split("---\n")[1])
+    words = re.search(r"generated again\) -->\n(.*?)<!-- end", card, flags=re.DOTALL)[1]
+    return words, *(header.get(name) for name in ("license", "language", "thumbnail", "tags"))
+
+
+every_change = pytest.mark.parametrize(
+    ("mine", "yours"),
+    [
+        (says("Mine.\n"), says("Yours.\n")),
+        (has(license="mit"), has(license="cc0-1.0")),
+        (has(thumbnail="a.png", tags=["hf_models", "gpt", "mine"]), has(thumbnail="b.png")),
+        (has(license=None, language=None), has(language=["en", "de"])),
+    ],
+    ids=["words", "licence", "more fields", "fields taken out"],
+)
+
+
+@every_change
+def test_what_is_changed_here_reaches_every_place(run, places, mine, yours):
+    for change in (mine, yours, mine, says("Else.\n")):
+        places[0].here(change)
+        expected = theirs_in((run / "README.md").read_text())
+        for place in places:
+            place.push()
+            assert theirs_in(place.card) == theirs_in((run / "README.md").read_text()) == expected
+
+
+@every_change
+def test_what_is_changed_in_a_place_comes_back_and_reaches_the_others(run, places, mine, yours):
+    for place, change in zip([*places, *places], (mine, yours, mine, says("Else.\n")), strict=True):
+        place.there(change)
+        expected = theirs_in(place.card)
+        for other in (place, *places):
+            other.push()
+            assert theirs_in(other.card) == theirs_in((run / "README.md").read_text()) == expected
+
+
+@every_change
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_what_is_taken_back_stays_away(run, places, mine, yours, where):
+    before = (run / "README.md").read_text()
+    places[0].here(mine)
+    for place in places:
+        place.push()
+    assert theirs_in(place.card) != theirs_in(before)
+    fields = dict.fromkeys(("license", "language", "thumbnail")) | yaml.safe_load(before.split("---\n")[1])
+    getattr(places[0], where)(lambda card: says(theirs_in(before)[0])(has(**fields)(card)))
+    for place in places:
+        place.push()
+        assert theirs_in(place.card) == theirs_in(before)
+
+
+@every_change
+def test_two_changes_are_for_a_person_to_choose_from(run, places, mine, yours):
+    first, second = places
+    first.here(mine)
+    second.there(yours)
+    first.push()
+    before = (run / "README.md").read_text()
+    with pytest.raises(ValueError, match="of README.md was changed both here and on the Hub: make it the same"):
+        second.push()
+    assert (run / "README.md").read_text() == before
+    second.here(lambda card: mine(yours(card)))
+    second.there(mine)
+    for place in (second, first, second):
+        place.push()
+    first.here(yours)
+    for place in (first, second):
+        place.push()
+        assert theirs_in(place.card) == theirs_in((run / "README.md").read_text())
+
+
+def test_a_header_that_was_never_published_counts_where_it_is_not_ours(run):
     card = card_of(run)
-    (run / "README.md").write_text(card.replace("license: apache-2.0\n", "license: cc0-1.0\nnew_version: me/b\n"))
-    header = ModelCard(on_hub(run, f"---\n{theirs}---\n")).data
-    assert (header.license, header.language, header.thumbnail, header.new_version) == ("mit", "de", "a.png", "me/b")
+    theirs = "---\nlicense: mit\nthumbnail: a.png\ntags: mine\nmetrics:\n- wer\non: 1\n2: 3\n---\n"
+    header = ModelCard(on_hub(run, theirs)).data  # as the Hub's page makes it: what is missing was not taken out
+    assert (header.license, header.language, header.thumbnail) == ("mit", "en", "a.png")
     assert header.tags == ["hf_models", "gpt", "mine"] and header.metrics is None
-    assert ModelCard(card_of(run)).data.license == "cc0-1.0"
-    assert ModelCard(on_hub(run, card)).data.license == "cc0-1.0"  # there is only the default
+    (run / "README.md").write_text(has(license="cc0-1.0", new_version="me/b", self=1)(card))
+    for written in (card_of(run), on_hub(run, card)):  # there is only ours
+        header = yaml.safe_load(written.split("---\n")[1])
+        assert (header["license"], header["new_version"], header["self"]) == ("cc0-1.0", "me/b", 1)
+    with pytest.raises(
+        ValueError, match=r"the header \(license, new_version, self, tags, thumbnail\) of README.md was"
+    ):
+        on_hub(run, theirs)
+
+
+@pytest.mark.parametrize("header", ["{", "- a", "a: 2024-13-45", "on: 1"])
+def test_a_header_without_fields_to_read_counts_as_none(run, header):
+    card = card_of(run)
+    assert on_hub(run, f"---\n{header}\n---\n") == on_hub(run, card)
 
 
 def test_a_readme_of_another_hand_is_not_touched_which_is_said(run, capsys):
@@ -436,9 +575,13 @@ def test_paths_of_the_machine_are_not_shown(tmp_path, monkeypatch):
         str(tmp_path / "home" / "ada" / "texts"): "texts",
         f"--data={tmp_path}/home/ada/texts": "--data=texts",
         "--data=~/texts": "--data=texts",
+        f"--data={tmp_path}/a/b,{tmp_path}/work/c,user/name": "--data=b,c,user/name",
+        f"file://{tmp_path}/home/ada/a": "file://a",
+        f"--data=json:{tmp_path}/home/ada/a=1/b.json,csv:../c.csv": "--data=json:a=1/b.json,csv:c.csv",
         "../../secret/texts": "texts",
         "runs/../../secret": "secret",
         **{same: same for same in ("--data", "user/name", "runs/a", "nyu-mll/glue:mrpc", "a=1,b=2", "3e-4", "")},
+        **{same: same for same in ("https://huggingface.co/user/name", "json:data/a.json", "hf://datasets/a/b")},
     }.items():
         assert public_path(word) == shown
     (tmp_path / "work" / "user").mkdir()
@@ -461,6 +604,28 @@ def test_a_card_is_kept_with_small_pictures_and_made_again_without_the_run(run, 
     card.write_text(edit(text, "Mine.\n"))
     assert export(output / "gpt-embedded.json") == card
     assert card.read_text() == edit(text, "Mine.\n")
+
+
+def test_a_card_is_not_kept_over_the_pictures_of_its_run(run, tmp_path):
+    Image.new("RGB", (4, 4)).save(run / "curves.png")
+    (run / "mine.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match="would replace those of the run .*: choose another --output"):
+        export(run, tmp_path)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_card_is_kept_with_what_else_there_is_and_without_pictures_that_the_run_has_no_more(run, tmp_path):
+    kept = tmp_path / "model_cards" / "gpt-embedded"
+    kept.mkdir(parents=True)
+    for name in ("detections.png", "mine.png", "curves.png"):
+        (kept / name).write_bytes(b"old")
+    with pytest.raises(OSError, match="curves.png"):  # it is empty
+        export(run, kept.parent)
+    assert len(list(kept.iterdir())) == 3
+    Image.new("RGB", (4, 4)).save(run / "curves.png")
+    export(run, kept.parent)
+    assert sorted(path.name for path in kept.iterdir()) == ["curves.png", "mine.png"]
 
 
 def test_a_small_picture_keeps_its_size_and_nearly_its_colours(tmp_path):

@@ -1,7 +1,13 @@
-"""What a push leaves on the Hub, what it leaves alone there, and what it says when it cannot."""
+"""What a push leaves on the Hub, what it leaves alone there, and what it says when it cannot.
 
+Large files go to the server of these tests through LFS. Of Xet, through which the Hub takes them where hf_xet is
+installed, only what becomes of its errors is tested.
+"""
+
+import contextlib
 import json
 import logging
+import os
 import threading
 import time
 import traceback
@@ -10,12 +16,14 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_models import ZooGPTForCausalLM
-from hf_models.verify import check_checksums
+from hf_models.verify import check_checksums, write_checksums
 from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
 from tests.hub_server import Fault
+from training import publish, steps
 from training.checkpoint import Checkpoints
 from training.publish import main, push
 
@@ -76,6 +84,7 @@ def test_the_folder_then_has_the_card_and_the_sums_that_were_published(run, hub)
 def test_an_unchanged_run_is_no_commit_and_next_to_no_bytes(run, hub):
     weights = {"weight": torch.zeros(2_000_000)}
     save_file(weights, run / "model.safetensors")
+    write_checksums(run)
     push(run, "me/gpt")
     hub.requests.clear()
     push(run, "me/gpt")
@@ -109,6 +118,7 @@ def test_what_an_earlier_push_left_goes_in_the_same_commit_and_a_persons_files_s
     (earlier / "model.safetensors").unlink()
     for name in [*shards, "old.py", "detections.png", "vocab.txt"]:
         (earlier / name).write_text(name)
+    write_checksums(earlier)
     push(earlier, "me/gpt")
     theirs = ["app.py", "notes.txt", "adapter.safetensors", "demo/app.py", ".eval_results/theirs.yaml", "my.json"]
     edit(**{name: name for name in theirs})
@@ -140,7 +150,39 @@ def test_a_link_is_refused_and_a_run_without_config_or_results(run, hub, tmp_pat
 def test_a_token_in_a_file_is_not_published(run, hub):
     (run / "merges.txt").write_text("a b\nhf_canary_of_me\n")
     assert "merges.txt contains your token" in refused(run)
+    (run / "merges.txt").write_text(f"a b\nhf_{'aB3' * 11}z\n")  # of another login, or one that is no longer used
+    message = refused(run)
+    assert "merges.txt contains a token of the Hub" in message and "aB3" not in message
     assert not hub.repository("me/gpt").exists
+    (run / "merges.txt").write_text(f"a b\nhf_{'aB3' * 12}z\n")  # longer than any
+    push(run, "me/gpt")
+
+
+SHARD, INDEX = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda run: (run / "model.safetensors").write_bytes(b"half of it"), "model.safetensors"),
+        (lambda run: (run / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda run: (run / SHARD).write_bytes(b"of an export that was interrupted"), SHARD),
+        (lambda run: (run / INDEX).write_text("{}"), INDEX),
+    ],
+    ids=["damaged", "gone", "another shard", "another index"],
+)
+def test_weights_that_are_not_those_that_were_measured_are_refused(run, hub, change, named):
+    change(run)
+    assert f"{run / named} is not what SHA256SUMS lists" in refused(run)
+    assert not hub.repository("me/gpt").exists
+    write_checksums(run)  # whoever says that they are right
+    push(run, "me/gpt")
+
+
+def test_a_run_without_sums_is_given_them(run, hub):
+    (run / "SHA256SUMS").unlink()
+    push(run, "me/gpt")
+    assert check_checksums(run) == CHECKPOINT
 
 
 # ---- what people write ----
@@ -180,6 +222,41 @@ def test_a_readme_without_marks_is_published_unless_words_on_the_hub_would_go(ru
     assert hub.repository("me/gpt").files()["README.md"] == b"# Mine\n"
     edit(**{"README.md": card.replace("*To be written", "*Written")})
     assert "would overwrite what was written by hand on the Hub" in refused(run)
+
+
+def test_words_that_are_typed_while_it_is_sent_stay(run, hub, monkeypatch, capsys):
+    commit = HfApi.create_commit
+
+    def slow(*args, **options):
+        (run / "README.md").write_text((run / "README.md").read_text().replace("*To be written", "Typed. *To be"))
+        return commit(*args, **options)
+
+    push(run, "me/gpt")
+    (run / "gpt.py").write_text("changed = True")
+    (run / "eval_results.json").write_text((run / "eval_results.json").read_text().replace("2.29", "2.25"))
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", slow)
+        push(run, "me/gpt")
+    assert "README.md was changed while it was published, and stays as it is" in capsys.readouterr().out
+    assert "Typed." in (run / "README.md").read_text()
+    push(run, "me/gpt")
+    published = hub.repository("me/gpt").files()["README.md"]
+    assert b"Typed." in published and b"2.25" in published and (run / "README.md").read_bytes() == published
+
+
+def test_a_run_that_cannot_be_written_is_published_as_it_lies_there(run, hub, monkeypatch, capsys):
+    def refuse(path, text):
+        raise OSError(30, "Read-only file system", str(path))
+
+    (run / "gpt.py").write_text("changed = True")
+    (run / ".lock").unlink()
+    before = local(run)
+    monkeypatch.setattr(publish, "write_atomic", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    main([str(run), "--repo", "me/gpt"])
+    assert f"SHA256SUMS: Read-only file system: {run} stays without the card" in capsys.readouterr().out
+    assert local(run) == before
+    assert sorted(hub.repository("me/gpt").files()) == ON_HUB
 
 
 # ---- where it goes ----
@@ -235,6 +312,12 @@ def test_a_dry_run_shows_what_would_be_done_and_does_nothing(run, hub, capsys):
     assert {request.method for request in hub.requests} == {"GET"}
 
 
+def test_after_a_dry_run_that_failed_the_command_that_is_named_is_a_dry_run(run, hub):
+    hub.faults.append(Fault("fail", times=99, status=503))
+    message = refused(run, dry_run=True)
+    assert message.endswith(f"; `python -m training.publish {run} --repo=me/gpt --dry-run` asks again")
+
+
 # ---- what goes wrong ----
 
 
@@ -243,7 +326,8 @@ def test_a_dry_run_shows_what_would_be_done_and_does_nothing(run, hub, capsys):
     [
         ({"token": None}, "the Hub needs a login: `hf auth login`, or HF_TOKEN"),
         ({"token": "hf_canary_of_nobody"}, "the Hub does not know this login: `hf auth login`, or HF_TOKEN"),
-        ({"token": "hf_canary_of_a_reader"}, "this login may not write to it, but to reader at most: "),
+        ({"token": "hf_canary_of_a_reader"}, "the Hub does not allow it to this login; if its token may only read, "),
+        ({"status": 403, "path": "/commit/"}, "if its token may only read, `hf auth login` with another (403: "),
         ({"repo_id": "you/gpt"}, "this login may not write to it, but to me at most: give a --repo of these"),
         ({"repo_id": "me/not/a/name"}, "Repo id must be"),
         ({"repo_id": "me/--"}, "Repo id must"),
@@ -281,6 +365,57 @@ def test_what_goes_wrong_is_one_line_that_says_what_to_do(run, hub, monkeypatch,
     assert "canary" not in message + trace + caplog.text + printed.out + printed.err
     goes_on = f"; `python -m training.publish {run} --repo={repo_id}` goes on where it stopped"
     assert message.endswith(goes_on) == (trouble.get("status") in (409, 429, 500, 503) or "stopped" in trouble)
+
+
+@pytest.mark.parametrize("repo_id", ["me/gpt", "you/gpt"])
+def test_what_the_hub_says_of_a_push_that_it_does_not_allow_is_repeated(run, hub, repo_id):
+    hub.faults.append(Fault("fail", path="repos/create", status=403))
+    assert refused(run, repo_id).endswith("(403: This request was told to fail)")
+
+
+def xets(name: str, kind: type) -> type:
+    """The client's own class, or one like it where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import hf_xet
+
+        return getattr(hf_xet, name, kind)
+    return type(name, (kind,), {})
+
+
+def http_status(number: str) -> ConnectionError:
+    """As Xet's client says it."""
+    where = "domain: https://huggingface.co/api/models/me/gpt/xet-write-token/main"
+    kind = "client" if number < "5" else "server"
+    return ConnectionError(f"Network error: Request error: HTTP status {kind} error ({number}), {where}")
+
+
+@pytest.mark.parametrize(
+    ("error", "passes", "said"),
+    [
+        (ConnectionError("Network error: connection reset"), True, "does not answer (Network error: connection reset)"),
+        (TimeoutError("timed out"), True, "does not answer (timed out)"),
+        (http_status("500 Internal Server Error"), True, "the Hub is out of order (500: "),
+        (http_status("429 Too Many Requests"), True, "the Hub asks for fewer requests: wait 300 s (429: "),
+        (http_status("401 Unauthorized"), False, "the Hub does not know this login: `hf auth login`"),
+        (http_status("403 Forbidden"), False, "the Hub does not allow it to this login"),
+        (http_status("404 Not Found"), False, "the Hub has no such user, repository or branch for this login"),
+        (xets("XetAuthenticationError", PermissionError)("expired"), False, "the Hub does not know this login"),
+        (xets("XetObjectNotFoundError", FileNotFoundError)("no xorb"), False, "the Hub has no such user, repository"),
+        (RuntimeError("Data processing error"), True, "Data processing error"),
+        (json.JSONDecodeError("Expecting value", "", 0), True, "answered with half of it (Expecting value"),
+        (PermissionError(13, "Permission denied", "model.safetensors"), False, "model.safetensors: Permission denied"),
+        (FileNotFoundError(2, "No such file", "model.safetensors"), False, "model.safetensors: No such file"),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{value}"[:60] if isinstance(value, Exception) else "",
+)
+def test_an_error_of_xets_client_is_one_of_the_hub(run, hub, monkeypatch, slept, error, passes, said):
+    def break_off(*args, **options):
+        raise error
+
+    monkeypatch.setattr(HfApi, "create_commit", break_off)
+    message = refused(run)
+    assert said in message and "\n" not in message
+    assert message.endswith("goes on where it stopped") == passes and (len(slept) == len(publish.WAITS)) == passes
 
 
 def fault_of(trouble: dict) -> Fault:
@@ -343,6 +478,8 @@ def test_the_command_publishes_under_the_name_of_the_folder(run, hub, capsys):
         (["RUN", "--token=hf_canary"], "unknown option --token; see"),
         (["--token", "hf_canary", "RUN"], "unknown option --token; see"),
         (["RUN", "hf_canary"], "give one RUN_DIR"),
+        (["RUN", "--step", "hf_canary"], "argument --step: invalid int value"),
+        (["RUN", "--private=hf_canary"], "argument --private: ignored explicit argument"),
         ([], "required: RUN_DIR"),
         (["RUN/nothing"], "no config.json"),
         (["RUN", "--step", "7"], "step-000007: manifest.json is missing; the checkpoints that there are: step-000005"),
@@ -355,6 +492,18 @@ def test_a_wrong_command_is_one_line_and_a_token_is_not_repeated(run, hub, capsy
     assert caught.value.code == 2 and said in printed.err and len(printed.err.splitlines()) == 1
     assert "canary" not in printed.err + printed.out
     assert not (run / "nothing").exists()
+
+
+def test_a_run_that_is_still_written_is_refused_in_the_words_of_this_command(run, hub, capsys, monkeypatch):
+    def busy(*args):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("fcntl.lockf", busy)
+    with pytest.raises(SystemExit):
+        main([str(run), "--repo", "me/gpt"])
+    said = capsys.readouterr().err
+    assert f"RUN_DIR {run} is being written by" in said and "or choose another RUN_DIR" in said
+    assert "output_dir" not in said and not hub.repository("me/gpt").exists
 
 
 # ---- a step ----
@@ -373,7 +522,7 @@ def test_a_step_is_published_with_its_averaged_weights_and_only_its_measurements
     Checkpoints(run / "checkpoints").save(3, tensors, {"progress": progress, "max_steps": 5})
     lines = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
     lines[2:2] = [{"step": 3, "eval_loss": 0.75, "sample": "Third."}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')  # torn
     main([str(run), "--repo", "me/gpt", "--step", "3"])
 
     repository = hub.repository("me/gpt")
@@ -389,3 +538,27 @@ def test_a_step_is_published_with_its_averaged_weights_and_only_its_measurements
     assert "eval_bits_per_byte" not in results and results["parameters"] == 1234567
     assert len(files["metrics.jsonl"].splitlines()) == 4
     assert b"| loss | 0.75 |" in files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ((steps, "load_model"), RuntimeError("size mismatch for lm_head.weight")),
+        ((ZooGPTForCausalLM, "save_pretrained"), SafetensorError("Error while serializing: No space left on device")),
+    ],
+    ids=["another model", "a full disk"],
+)
+def test_a_step_that_cannot_be_exported_is_one_line_and_no_matter_of_the_hub(
+    run, hub, make_model, monkeypatch, slept, place, error
+):
+    model = make_model(ZooGPTForCausalLM)
+    model.save_pretrained(run)
+    Checkpoints(run / "checkpoints").save(3, {"model": model.state_dict()}, {})
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(*place, fail)
+    message = refused(run, step=3)
+    assert "step-000003" in message and message.endswith(str(error)) and not slept
+    assert not hub.repository("me/gpt").exists
