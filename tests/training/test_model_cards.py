@@ -93,5 +93,5 @@ def test_all_that_is_in_model_cards_belongs_to_a_card():
 
 
 def test_the_readme_shows_pictures_that_are_there():
-    shown = re.findall(r"\((model_cards/\S+)\)", (ROOT / "README.md").read_text())
+    shown = re.findall(r"\((model_cards/[^\s)]+)\)", (ROOT / "README.md").read_text())
     assert shown and all((ROOT / place).exists() for place in shown)
