@@ -26,7 +26,7 @@ from PIL import Image
 
 from hf_models.zoo import ZOO
 from training.arguments import user_errors
-from training.files import write_atomic
+from training.files import text_of, write_atomic
 from training.hand_written import is_foreign, merge, merge_header
 from training.snippets import PIPELINES, USES, snippet
 
@@ -117,7 +117,7 @@ def write_card(output_dir: str | Path) -> Path:
     """
     folder = Path(output_dir)
     readme = folder / "README.md"
-    if is_foreign(_text_of(readme)):
+    if is_foreign(text_of(readme)):
         print(f"{readme} is written by hand and stays as it is; remove it to have a model card", file=sys.stderr)
     else:
         write_atomic(readme, card_files(output_dir)["README.md"])
@@ -148,7 +148,7 @@ def card_files(
         code=snippet(source or output_dir, _task(results), source is not None, revision),
         pictures={name: name for name in PICTURES if (folder / name).exists()},
     )
-    own = _text_of(folder / "README.md")
+    own = text_of(folder / "README.md")
     files = {"README.md": own if is_foreign(own) else card.text(own, published, publishes=source is not None)}
     if entries := eval_entries(results):
         files[EVAL_RESULTS] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -183,7 +183,7 @@ def export(path: str | Path, output: str | Path | None = None) -> Path:
         write_atomic(output / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     pictures = {picture: f"{name}/{picture}" for picture in PICTURES if (output / name / picture).exists()}
     card = Card(results, name, snippet(f"runs/{name}", _task(results)), pictures)
-    write_atomic(output / f"{name}.md", card.text(_text_of(output / f"{name}.md")))
+    write_atomic(output / f"{name}.md", card.text(text_of(output / f"{name}.md")))
     return output / f"{name}.md"
 
 
@@ -415,10 +415,6 @@ def _paper(family: Family) -> dict[str, str]:
 def _linked(name: str, place: str | None) -> str:
     """A name, as a link to its place on the Hub; a place without "/" is none there."""
     return f"[{name}](https://huggingface.co/{place})" if place and "/" in place else name
-
-
-def _text_of(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _fenced(text: str, language: str) -> str:

@@ -41,6 +41,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def text_of(path: Path) -> str | None:
+    """What is in a file of text; None where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
 def file_record(path: Path) -> dict:
     """Size in bytes and sha256 of a file, as a manifest lists it."""
     with open(path, "rb") as file:

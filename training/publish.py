@@ -36,7 +36,7 @@ from huggingface_hub.utils.sha import git_hash
 from hf_models.verify import SUMS, checksums, is_listed
 from training.arguments import one_line, user_errors
 from training.card import EVAL_RESULTS, PICTURES, card_files
-from training.files import write_atomic
+from training.files import text_of, write_atomic
 from training.hand_written import is_foreign, sections
 from training.run_folder import RunLock
 from training.snippets import EXAMPLE
@@ -197,10 +197,10 @@ class _Push:
 
     def write_back(self):
         """Gives the folder what was published; not earlier: the card tells what was published from what is new."""
-        if _text_of(self.folder / SUMS) != self.sums:
+        if text_of(self.folder / SUMS) != self.sums:
             write_atomic(self.folder / SUMS, self.sums)
         readme = self.folder / "README.md"
-        now = _text_of(readme)
+        now = text_of(readme)
         if self.readme is None or now == self.readme:
             return
         if now == self.own:
@@ -269,7 +269,7 @@ class _Push:
         """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
         there is a person's."""
         revision = None if self.branch == "main" else self.branch
-        self.own = _text_of(self.folder / "README.md")  # before it is read for the card
+        self.own = text_of(self.folder / "README.md")  # before it is read for the card
         texts = card_files(self.folder, source=self.repo_id, published=theirs, revision=revision)
         self.readme = ours = texts["README.md"]
         if theirs not in (None, ours):
@@ -332,10 +332,6 @@ def _refuse_token(files: Iterable[CommitOperationAdd]):
             if (token and token in text) or TOKEN.search(text):
                 whose = "your token" if token and token in text else "a token of the Hub"
                 raise ValueError(f"{file.path_in_repo} contains {whose}: take it out, and make a new one")
-
-
-def _text_of(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------------------- when it goes wrong

@@ -566,16 +566,16 @@ def test_the_code_on_the_card_runs_with_a_private_repository_of_the_hub(checkpoi
 
 def test_paths_of_the_machine_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "ada"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     repository = Path(__file__).parents[2]
     for word, shown in {
         str(repository / "training" / "train_gpt.py"): "training/train_gpt.py",
-        str(tmp_path / "work" / "runs" / "a"): "runs/a",
+        str(tmp_path / "here" / "runs" / "a"): "runs/a",
         str(tmp_path / "home" / "ada" / "texts"): "texts",
         f"--data={tmp_path}/home/ada/texts": "--data=texts",
         "--data=~/texts": "--data=texts",
-        f"--data={tmp_path}/a/b,{tmp_path}/work/c,user/name": "--data=b,c,user/name",
+        f"--data={tmp_path}/a/b,{tmp_path}/here/c,user/name": "--data=b,c,user/name",
         f"file://{tmp_path}/home/ada/a": "file://a",
         f"--data=json:{tmp_path}/home/ada/a=1/b.json,csv:../c.csv": "--data=json:a=1/b.json,csv:c.csv",
         "../../secret/texts": "texts",
@@ -584,8 +584,8 @@ def test_paths_of_the_machine_are_not_shown(tmp_path, monkeypatch):
         **{same: same for same in ("https://huggingface.co/user/name", "json:data/a.json", "hf://datasets/a/b")},
     }.items():
         assert public_path(word) == shown
-    (tmp_path / "work" / "user").mkdir()
-    (tmp_path / "work" / "user" / "name").mkdir()
+    (tmp_path / "here" / "user").mkdir()
+    (tmp_path / "here" / "user" / "name").mkdir()
     assert (public_name("user/name"), public_name("user/other")) == ("name", "user/other")
 
 
