@@ -11,21 +11,17 @@ so that two writers never mix.
 import argparse
 import contextlib
 import copy
-import json
 import os
 import re
 import shlex
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
 from huggingface_hub.errors import (
     HTTPError,  # of the HTTP client that huggingface_hub uses, whichever it is
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -38,6 +34,7 @@ from training.arguments import one_line, user_errors
 from training.card import EVAL_RESULTS, PICTURES, card_files
 from training.files import text_of, write_atomic
 from training.hand_written import is_foreign, sections
+from training.hub_errors import explain, is_passing, persist, without_token
 from training.run_folder import RunLock
 from training.snippets import EXAMPLE
 from training.steps import WEIGHTS, export_step
@@ -46,10 +43,6 @@ from training.steps import WEIGHTS, export_step
 # optimizer, locks, logs of trackers) is not for others.
 MEASURED = ["eval_results.json", "metrics.jsonl", *PICTURES]
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")  # as the Hub makes them
-
-WAITS = [1, 4, 16]  # seconds before another try
-LONGEST_WAIT = 600  # seconds; the Hub counts requests over half of that
-PASSING = [408, 409, 412, 429, *range(500, 600)]  # of the statuses: 409 and 412 are another writer
 
 
 def push(
@@ -88,14 +81,14 @@ def push(
                 branch = branch or f"step-{step}"
             return _Push(folder, repo_id, private, branch or "main", tag).run(dry_run)
     except (ValueError, OSError, RuntimeError, HTTPError) as error:
-        reason = _explain(error, repo_id)
-        if _is_passing(error):
+        reason = explain(error, repo_id)
+        if is_passing(error):
             words = [f"--{name}={value}" for name, value in options.items() if value is not None]
             words = [str(output_dir), f"--repo={repo_id}", *words] + ["--private"] * private + ["--dry-run"] * dry_run
             what = "asks again" if dry_run else "goes on where it stopped"
             reason += f"; `python -m training.publish {shlex.join(words)}` {what}"
     # Outside of the handler: a traceback would show the client's words too.
-    raise ValueError(_without_token(f"cannot publish {output_dir} to {repo_id}: {reason}"))
+    raise ValueError(without_token(f"cannot publish {output_dir} to {repo_id}: {reason}"))
 
 
 def published_files(folder: Path) -> list[str]:
@@ -170,7 +163,7 @@ class _Push:
     def __init__(self, folder: Path, repo_id: str, private: bool, branch: str, tag: str | None):
         self.folder, self.private, self.branch, self.tag = folder, private, branch, tag
         self.api = HfApi()
-        self.repo_id = repo_id if "/" in repo_id else f"{_persist(self.api.whoami)['name']}/{repo_id}"
+        self.repo_id = repo_id if "/" in repo_id else f"{persist(self.api.whoami)['name']}/{repo_id}"
         validate_repo_id(self.repo_id)
         self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
         sums = checksums(folder)
@@ -185,10 +178,10 @@ class _Push:
         """The URL, once the repository holds the run."""
         url = f"{self.api.endpoint}/{self.repo_id}" + (f"/tree/{self.branch}" if self.branch != "main" else "")
         if dry_run:
-            plan = _persist(self.foresee)
+            plan = persist(self.foresee)
             print(f"would publish to {url}: {plan}", *plan.lines(), sep="\n")
             return url
-        _persist(self.attempt)
+        persist(self.attempt)
         try:
             self.write_back()
         except OSError as error:
@@ -332,98 +325,6 @@ def _refuse_token(files: Iterable[CommitOperationAdd]):
             if (token and token in text) or TOKEN.search(text):
                 whose = "your token" if token and token in text else "a token of the Hub"
                 raise ValueError(f"{file.path_in_repo} contains {whose}: take it out, and make a new one")
-
-
-# ---------------------------------------------------------------------------------------------- when it goes wrong
-
-
-def _persist(action: Callable):
-    """Does it; again, a few times, after what may pass."""
-    for number, wait in enumerate([*WAITS, None]):
-        try:
-            return action()
-        except (ValueError, OSError, RuntimeError, HTTPError) as error:
-            if wait is None or not _is_passing(error) or (asked := _asked_to_wait(error)) > LONGEST_WAIT:
-                raise
-            wait, reason = max(wait, asked), _without_token(_explain(error))
-        print(f"{reason}; trying again in {wait} s ({number + 1} of {len(WAITS)})", flush=True)
-        time.sleep(wait)
-
-
-def _http_error(error: BaseException | None) -> HTTPError | None:
-    """The client wraps the one that ended an upload."""
-    while error is not None and not isinstance(error, HTTPError):
-        error = error.__cause__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    """Of the answer that was an error. Xet, which takes large files where its client is installed, has Python's own
-    classes for it, and the number only in their words; those of a file name the file."""
-    if cause := _http_error(error):
-        return getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(error, PermissionError | FileNotFoundError) and error.filename is None:
-        return 401 if isinstance(error, PermissionError) else 404
-    said = isinstance(error, ConnectionError) and re.search(r"HTTP status \w+ error \((\d{3})\b", str(error))
-    return int(said[1]) if said else None
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether it may go well another time: no answer, half an answer, too many requests, another writer, the Hub's own
-    errors. A RuntimeError is the client's too: what is wrong with the run is a ValueError or names a file."""
-    if status := _status(error):
-        return status in PASSING
-    classes = HTTPError | RuntimeError | ConnectionError | TimeoutError | json.JSONDecodeError
-    return isinstance(_http_error(error) or error, classes) and not isinstance(error, OfflineModeIsEnabled)
-
-
-def _asked_to_wait(error: Exception) -> int:
-    """Seconds."""
-    headers = getattr(getattr(_http_error(error), "response", None), "headers", {})
-    reset = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
-    after = headers.get("retry-after", "").strip()
-    return int(after) if after.isdigit() else int(reset[1]) if reset else 0
-
-
-def _explain(error: Exception, repo_id: str = "") -> str:
-    """What went wrong and what to do, on one line."""
-    cause, status = _http_error(error) or error, _status(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it to publish"
-    if status == 401 or isinstance(error, LocalTokenNotFoundError):
-        return f"the Hub {'does not know this login' if get_token() else 'needs a login'}: `hf auth login`, or HF_TOKEN"
-    said = " ".join((getattr(cause, "server_message", None) or one_line(cause)).split())
-    if status is None and isinstance(cause, HTTPError | ConnectionError | TimeoutError):
-        return f"{HfApi().endpoint} does not answer ({said})"
-    if isinstance(error, json.JSONDecodeError):
-        return f"{HfApi().endpoint} answered with half of it ({said})"
-    if status is None:
-        return said
-    if status == 403:
-        return f"{_who_may_not(repo_id)} (403: {said})"
-    reasons = {
-        404: "the Hub has no such user, repository or branch for this login: look at its name",
-        409: "somebody else is writing to it",
-        412: "somebody else is writing to it",
-        429: f"the Hub asks for fewer requests: wait {_asked_to_wait(error) or 300} s",
-    }
-    meaning = reasons.get(status, "the Hub is out of order" if status >= 500 else "the Hub refused it")
-    return f"{meaning} ({status}: {said})"
-
-
-def _who_may_not(repo_id: str) -> str:
-    """What the login is missing: the right name, or what the Hub says."""
-    with contextlib.suppress(ValueError, OSError, HTTPError, KeyError):
-        me = HfApi().whoami()
-        names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
-        if "/" in repo_id and repo_id.split("/")[0] not in names:
-            may = f"this login may not write to it, but to {', '.join(names)} at most"
-            return f"{may}: give a --repo of these, or a token that may write to it: `hf auth login`"
-    return "the Hub does not allow it to this login; if its token may only read, `hf auth login` with another"
-
-
-def _without_token(text: str) -> str:
-    return text.replace(get_token() or "\0", "<token>")
 
 
 # ------------------------------------------------------------------------------------------------ the command line

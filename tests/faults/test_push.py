@@ -18,7 +18,7 @@ from hf_models.verify import write_checksums
 from tests.faults.processes import MODEL, files
 from tests.finished_run import PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import publish, results, train_gpt
+from training import hub_errors, results, train_gpt
 from training.publish import push
 
 WHERE = {"repo_id": "me/gpt", "branch": "next", "tag": "v1"}  # with a branch and a tag, for all the requests there are
@@ -37,7 +37,7 @@ def no_waiting(monkeypatch):
 @pytest.fixture
 def once(monkeypatch):
     """A command that gives up at once: what is interrupted is repeated by a second command."""
-    monkeypatch.setattr(publish, "WAITS", [])
+    monkeypatch.setattr(hub_errors, "WAITS", [])
 
 
 class Pushes:

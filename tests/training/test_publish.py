@@ -23,7 +23,7 @@ from hf_models import ZooGPTForCausalLM
 from hf_models.verify import check_checksums, write_checksums
 from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import publish, steps
+from training import hub_errors, publish, steps
 from training.checkpoint import Checkpoints
 from training.publish import main, push
 
@@ -415,7 +415,7 @@ def test_an_error_of_xets_client_is_one_of_the_hub(run, hub, monkeypatch, slept,
     monkeypatch.setattr(HfApi, "create_commit", break_off)
     message = refused(run)
     assert said in message and "\n" not in message
-    assert message.endswith("goes on where it stopped") == passes and (len(slept) == len(publish.WAITS)) == passes
+    assert message.endswith("goes on where it stopped") == passes and (len(slept) == len(hub_errors.WAITS)) == passes
 
 
 def fault_of(trouble: dict) -> Fault:
