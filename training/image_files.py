@@ -71,10 +71,11 @@ class StoredImages(ABC):
     def encoded(self, indices: np.ndarray) -> list[str | bytes]: ...
 
     def digests(self) -> list[bytes]:
-        """The sha256 of each; where they are many, of the size and the first bytes."""
+        """The sha256 of each, of size and first bytes where they are many, of the name where it cannot be read."""
         is_whole = self.num_bytes <= HASHED_BYTES
-        chunks = (self.encoded(np.arange(i, min(i + 256, len(self)))) for i in range(0, len(self), 256))
-        return [_digest(file, is_whole) for chunk in chunks for file in chunk]
+        chunks = (np.arange(i, min(i + 256, len(self))) for i in range(0, len(self), 256))
+        files = ((index, file) for chunk in chunks for index, file in zip(chunk, self.encoded(chunk), strict=True))
+        return [_digest(file, is_whole) or hashlib.sha256(self.name(index).encode()).digest() for index, file in files]
 
     def look(self, index: int) -> tuple[int, tuple[int, int]] | None:
         """Channels, and height and width, as the head of the image says; None if it says nothing."""
@@ -143,7 +144,8 @@ def content_of(image: dict | str | None) -> str | bytes:
     return image["path"] if image.get("bytes") is None and image.get("path") else image.get("bytes") or b""
 
 
-def _digest(file: str | bytes, is_whole: bool) -> bytes:
+def _digest(file: str | bytes, is_whole: bool) -> bytes | None:
+    """None for a file that cannot be read."""
     if isinstance(file, bytes):
         content, size = file, len(file)
     else:
@@ -153,7 +155,7 @@ def _digest(file: str | bytes, is_whole: bool) -> bytes:
         except OSError as error:
             if not is_bad_image(error):
                 raise
-            content, size = f"{file}: {error}".encode(errors="replace"), 0
+            return None
     return hashlib.sha256(content if is_whole else b"%d " % size + content[:FIRST_BYTES]).digest()
 
 

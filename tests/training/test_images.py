@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, picture, write_classes, write_idx
+from training.image_files import Files
 from training.image_rows import BadImages
 from training.images import read_images
 
@@ -340,6 +341,16 @@ def test_a_table_has_a_path_and_a_label_for_every_image(tmp_path, kind):
     (tmp_path / paths[4]).unlink()
     with pytest.raises(ValueError, match=r"1 of 20 images are missing: .*, row 5: png/4.png; paths are relative to"):
         read_images(str(path), **columns)
+
+
+def test_what_an_image_is_known_by_does_not_depend_on_where_it_lies_even_if_it_cannot_be_read(tmp_path):
+    names = ["0.png", "missing.png", "missing_too.png"]
+    digests = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        picture(0).save(folder / "0.png")
+        digests.append(Files(names, folder).digests())
+    assert digests[0] == digests[1] and len(set(digests[0])) == 3
 
 
 def test_a_row_without_image_or_label_is_refused(tmp_path):
