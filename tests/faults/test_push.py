@@ -184,7 +184,7 @@ def everything_said(monkeypatch, capfd, caplog):
     logging.disable_propagation()
 
 
-def train(folder, monkeypatch, **options):
+def train(folder, monkeypatch, *flags, **options):
     """A training of two steps, that publishes its result."""
     text = folder.with_name("text.txt")
     text.write_text("\n".join(f"{number} zebras folded {number + 1} maps." for number in range(200)))
@@ -192,7 +192,7 @@ def train(folder, monkeypatch, **options):
     options = {"config": ",".join(f"{name}={value}" for name, value in MODEL.items()), "max_steps": 2, **options}
     options = {"global_batch_size": 4, "mixed_precision": "no", "report_to": "tensorboard", **options}
     words = [f"--{name}={value}" for name, value in options.items()]
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", f"--output_dir={folder}", "--push_to_hub", *words])
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", f"--output_dir={folder}", "--push_to_hub", *flags, *words])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     train_gpt.main()
 
@@ -203,7 +203,8 @@ def test_a_training_publishes_its_result_and_the_token_is_nowhere(hub, tmp_path,
         train(tmp_path / "run", monkeypatch, hub_model_id="you/gpt")
     said = everything_said()
     assert refused.value.code == 2 and "error: cannot publish" in said and "not write to it, but to me at most" in said
-    train(tmp_path / "run", monkeypatch, hub_model_id="me/gpt")
+    train(tmp_path / "run", monkeypatch, "--hub_private", hub_model_id="me/gpt")
+    assert hub.repository("me/gpt").private
     published = hub.repository("me/gpt").files()
     assert sum(name.endswith(".safetensors") for name in published) > 1 and "model.safetensors" not in published
     assert load_verified("me/gpt").num_parameters() == load_verified(tmp_path / "run").num_parameters()
