@@ -209,9 +209,9 @@ class ResNet(nn.Module):
     def forward(self, pixel_values):
         """(B, C, H, W) -> (B, num_channels_out, ceil(H / stride), ceil(W / stride))."""
         images = pixel_values.to(self.stem.conv.weight.dtype)
-        kind = images.device.type
-        if (self.norm_kind == "frozen_batch" and kind in ("cpu", "cuda")) or (kind == "cpu" and not self.training):
-            # Faster, but with CUDA's group norm, which copies back, and with the gradients of the CPU's.
+        # Channels last is the faster layout, but for gradients on a CPU, and for CUDA's group norm, which copies back.
+        is_faster = {"cpu": not self.training, "cuda": self.norm_kind == "frozen_batch"}
+        if is_faster.get(images.device.type):
             images = images.contiguous(memory_format=torch.channels_last)
         images = F.relu(self.stem(images), inplace=True)
         if self.pools:
