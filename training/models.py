@@ -20,6 +20,7 @@ from transformers.image_utils import PILImageResampling
 from hf_models import ZooViTForImageClassification
 from hf_models.zoo import check_fields, create_config, create_model, find_entry
 from training.arguments import parse_fields
+from training.processes import fastest_attention
 
 # What in the body of a model there is one of for each class.
 PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")
@@ -50,7 +51,7 @@ def load_or_create(
     """
     given = parse_fields(config)
     check_fields(model_class.config_class, given)
-    fields = {"attn_implementation": "eager" if device.type == "cpu" else "sdpa", **fields, **given}
+    fields = {"attn_implementation": fastest_attention(device.type), **fields, **given}
     if not is_checkpoint(name):
         return create_model(name, model_class, **{**from_data, **fields})
     model, info = model_class.from_pretrained(

@@ -119,6 +119,13 @@ def speed_up_cpu_matmul() -> bool:
     return is_exact
 
 
+def fastest_attention(device: str) -> str:
+    """To train with: on CPUs with AVX-512 the plain products are up to 1.6x as fast as the fused kernel, and on those
+    with AVX2 up to 5 % slower."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "eager" if device == "cpu" and has_avx512 else "sdpa"
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Calls `action` on the main process, and gives every process what it returns.
 

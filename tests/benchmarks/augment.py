@@ -17,7 +17,7 @@ from gpt import default_matmul, describe, interleaved
 import hf_models
 from training.augment import Augmentation
 from training.image_rows import ArrayRows
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 
 BATCH, SIZE, LABELS = 128, 32, 10
 CHANGES = {
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    attention = "eager" if args.device == "cpu" else "sdpa"
+    attention = fastest_attention(args.device)
     model = hf_models.create_model("vit-mini-patch4-32", num_labels=LABELS, attn_implementation=attention)
     with torch.device("meta"):
         stock_class, config = model.stock_class_and_config()

@@ -23,7 +23,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 import hf_models
 from training.documents import read_documents
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, vocabulary, batch, longest
     "bert-base": (12, 768, 30522, 16, 128),
@@ -43,7 +43,7 @@ def build(shape, device):
         num_attention_heads=max(1, width // 64),
         vocab_size=vocab,
         max_position_embeddings=max(512, longest),
-        attn_implementation="eager" if device == "cpu" else "sdpa",
+        attn_implementation=fastest_attention(device),
     ).to(device)
 
 

@@ -25,7 +25,7 @@ from vit import training_step
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.matching import check_labels, detection_loss, pad_labels
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # backbone, layers of each stack, width, queries, classes, image, batch
     "detr-r18": ("resnet18", 6, 256, 100, 91, (320, 416), 2),
@@ -47,7 +47,7 @@ def build(shape, device):
         num_labels=classes,
         hidden_dropout=0.0,
         repeats_norm=True,  # as stock computes where it trains all layers
-        attn_implementation="eager" if device == "cpu" else "sdpa",
+        attn_implementation=fastest_attention(device),
     )
     return ZooDetrForObjectDetection(config).to(device)
 

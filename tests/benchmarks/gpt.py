@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_models
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 from training.results import processor_name
 
 SHAPES = {  # layers, width, heads, vocabulary, batch, tokens
@@ -42,7 +42,7 @@ def ours(shape, device):
         num_attention_heads=heads,
         vocab_size=vocab,
         max_position_embeddings=1024,
-        attn_implementation="eager" if device == "cpu" else "sdpa",
+        attn_implementation=fastest_attention(device),
     ).to(device)
 
 

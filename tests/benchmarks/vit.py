@@ -24,7 +24,7 @@ from hf_models import (
     ZooViTMAEModel,
     ZooViTModel,
 )
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, heads, patch, image, classes, batch
     "vit-small-224": (12, 384, 6, 16, 224, 1000, 8),
@@ -43,7 +43,7 @@ def build(shape, device, model_class=ZooViTForImageClassification, **fields):
         patch_size=patch,
         image_size=image,
         num_labels=classes,
-        attn_implementation="eager" if device == "cpu" else "sdpa",
+        attn_implementation=fastest_attention(device),
         **fields,
     )
     return model_class(config).to(device)

@@ -18,7 +18,7 @@ from training import loop, resume
 from training.arguments import RunArguments
 from training.checkpoint import Checkpoints
 from training.loop import count, identify, move, seed_from, train
-from training.processes import micro_batches, speed_up_cpu_matmul
+from training.processes import fastest_attention, micro_batches, speed_up_cpu_matmul
 from training.results import MetricsLog
 
 FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema_decay": 0.0}
@@ -85,6 +85,15 @@ def test_the_faster_products_are_as_exact():
             torch.testing.assert_close((left @ right).double(), exact, rtol=1e-4, atol=1e-4)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [("cpu", "AVX2", "sdpa"), ("cpu", "AVX512", "eager"), ("cpu", "DEFAULT", "sdpa"), ("cuda", "AVX512", "sdpa")],
+)
+def test_the_attention_of_a_training_is_the_one_that_is_fast_there(monkeypatch, device, capability, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fastest_attention(device) == expected
 
 
 def test_max_steps_is_part_of_a_run_only_where_earlier_steps_depend_on_it():
