@@ -57,7 +57,7 @@ class RunArguments:
         None, "samples in one forward of one process; None: its whole share of the global batch", "optimization"
     )
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "muon: on the blocks' matrices, AdamW elsewhere", "optimization"
+        "adamw", "muon: on the blocks' matrices and filters, AdamW elsewhere", "optimization"
     )
     learning_rate: float = option(1e-3, "peak learning rate", "optimization")
     matrix_learning_rate: float | None = option(None, "Muon's peak learning rate; None: the same", "optimization")

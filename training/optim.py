@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 IN_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+IN_BLOCK = re.compile(r"(^|\.)(layers|stem|stages)\.\d+\.")  # of a transformer or of a convolutional network
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -99,9 +100,10 @@ def create_optimizers(
 ) -> list[Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
-    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated
-    blocks (`layers.0.`, `layers.1.`, ...), never the embeddings or the head, and AdamW on the rest; Muon's updates
-    are scaled so that `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
+    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices and convolutions inside the
+    repeated blocks (`layers.0.`, `layers.1.`, ...; `stem.0.` and `stages.0.` of a convolutional network), never the
+    embeddings or the head, and AdamW on the rest; Muon's updates are scaled so that `learning_rate` fits both, unless
+    `matrix_learning_rate` gives the matrices their own.
     `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`; `rate_scales` multiplies those of
     whole modules, as {"model.backbone": 0.1}.
     Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
@@ -114,7 +116,7 @@ def create_optimizers(
     scales = {name: scale * of_modules[name] for name, scale in layer_scales(names, layer_decay).items()}
     matrices = {}
     if optimizer == "muon":
-        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and IN_LAYER.search(name)}
+        matrices = {name: p for name, p in parameters.items() if p.ndim >= 2 and IN_BLOCK.search(name)}
         if not matrices:
             raise ValueError("optimizer 'muon' finds no trainable matrix under `layers.`: use 'adamw' for this model")
     elif optimizer != "adamw":
@@ -138,19 +140,22 @@ def create_optimizers(
     return optimizers
 
 
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates.
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates, for matrices and filters.
 
-    torch's own step orthogonalises in bfloat16, which a CPU without the instructions for it does up to a hundred times
-    slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by percents.
-    Here a sharded update is gathered first, all matrices of one shape are orthogonalised in one batch, by every
-    process for itself (five small products a matrix: little beside a step on thousands of tokens), and each process
-    keeps its own rows. State and options are torch's. An update's root mean square is 0.2, like AdamW's (Liu et al.
+    The filters of a convolution are the rows of a matrix. An update's root mean square is 0.2, like AdamW's (Liu et al.
     2025, "Muon is scalable for LLM training", section 2.2), so one learning rate serves both.
+
+    `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without the instructions for it does up to a hundred
+    times slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by
+    percents; nor does it take convolutions. Here a sharded update is gathered first, all matrices of one shape are
+    orthogonalised in one batch, by every process for itself (five small products a matrix: little beside a step on
+    thousands of tokens), and each process keeps its own rows.
     """
 
     def __init__(self, params, lr: float, weight_decay: float):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        iteration = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95, **iteration})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -164,10 +169,10 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = torch.stack([_whole(self._momentum(parameter, group)) for parameter in parameters])
+                updates = torch.stack([_whole(self._momentum(parameter, group)).flatten(1) for parameter in parameters])
                 updates = orthogonalise(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for parameter, update in zip(parameters, updates, strict=True):
+                rate = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
+                for parameter, update in zip(parameters, updates.unflatten(2, shape[1:]), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(_shard_like(update, parameter), alpha=-rate)
         return loss

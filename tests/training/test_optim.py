@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from hf_models.zoo import create_model
 from training.optim import EMA, Muon, create_optimizers, learning_rate_factor, named_parameters, orthogonalise
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99)}
@@ -176,6 +177,33 @@ def test_muon_is_torchs_muon_up_to_bfloat16():
         assert (mine - other).norm() < 0.02 * (other - initial).norm()
     ours_state, theirs_state = (optimizer.state_dict()["state"] for optimizer in optimizers)
     torch.testing.assert_close(ours_state, theirs_state)
+
+
+def test_muon_takes_the_filters_of_a_convolution_as_rows():
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(8, 4, 3, 3))
+    matrix = nn.Parameter(filters.detach().flatten(1).clone())
+    for parameter in (filters, matrix):
+        optimizer = Muon([parameter], lr=0.02, weight_decay=0.1)
+        for step in range(3):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    assert torch.equal(filters.flatten(1), matrix)
+
+
+@pytest.mark.parametrize("family", ["vit", "detr"])
+def test_muon_takes_the_filters_of_stems_and_stages(family):
+    if family == "vit":
+        model = create_model("vit-hybrid-mini-patch8-32")
+        expected = {f"stem.{stage}.{name}" for stage in range(3) for name in ("reduce", "conv1", "conv2")}
+    else:
+        model = create_model("detr-mini").model.backbone
+        expected = {f"stages.{stage}.0.conv{number}" for stage in range(3) for number in (1, 2)}
+        expected |= {f"stages.{stage}.0.shortcut.conv" for stage in (1, 2)}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    muon = create_optimizers(model, optimizer="muon", **OPTIONS)[0]
+    taken = [names[id(parameter)] for parameter in held([muon]) if parameter.ndim == 4]
+    assert {name.removeprefix("vit.patch_embed.").removesuffix(".weight") for name in taken} == expected
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.8])
