@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 IN_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
-IN_BLOCK = re.compile(r"(^|\.)(layers|stem|stages)\.\d+\.")  # of a transformer or of a convolutional network
+IN_BLOCK = re.compile(r"(^|\.)(layers|stem)\.\d+\.")  # of a transformer, or of the convolutions before it
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -101,9 +101,9 @@ def create_optimizers(
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
     "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices and convolutions inside the
-    repeated blocks (`layers.0.`, `layers.1.`, ...; `stem.0.` and `stages.0.` of a convolutional network), never the
-    embeddings or the head, and AdamW on the rest; Muon's updates are scaled so that `learning_rate` fits both, unless
-    `matrix_learning_rate` gives the matrices their own.
+    repeated blocks (`layers.0.`, `layers.1.`, ..., and of a ViT's convolutional stem `stem.0.`, ...), never the
+    embeddings or the head, and AdamW on the rest, a detector's ResNet too; Muon's updates are scaled so that
+    `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
     `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`; `rate_scales` multiplies those of
     whole modules, as {"model.backbone": 0.1}.
     Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
@@ -141,10 +141,10 @@ def create_optimizers(
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates, for matrices and filters.
+    """Muon (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates.
 
-    The filters of a convolution are the rows of a matrix. An update's root mean square is 0.2, like AdamW's (Liu et al.
-    2025, "Muon is scalable for LLM training", section 2.2), so one learning rate serves both.
+    The filters of a convolution are the rows of a matrix here. An update's root mean square is 0.2, like AdamW's (Liu
+    et al. 2025, "Muon is scalable for LLM training", section 2.2), so one learning rate serves both.
 
     `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without the instructions for it does up to a hundred
     times slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by

@@ -191,19 +191,13 @@ def test_muon_takes_the_filters_of_a_convolution_as_rows():
     assert torch.equal(filters.flatten(1), matrix)
 
 
-@pytest.mark.parametrize("family", ["vit", "detr"])
-def test_muon_takes_the_filters_of_stems_and_stages(family):
-    if family == "vit":
-        model = create_model("vit-hybrid-mini-patch8-32")
-        expected = {f"stem.{stage}.{name}" for stage in range(3) for name in ("reduce", "conv1", "conv2")}
-    else:
-        model = create_model("detr-mini").model.backbone
-        expected = {f"stages.{stage}.0.conv{number}" for stage in range(3) for number in (1, 2)}
-        expected |= {f"stages.{stage}.0.shortcut.conv" for stage in (1, 2)}
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+@pytest.mark.parametrize(("model", "num_convolutions"), [("vit-hybrid-mini-patch8-32", 9), ("detr-mini", 0)])
+def test_muon_takes_the_filters_of_a_stem_but_not_of_a_backbone(model, num_convolutions):
+    model = create_model(model)
     muon = create_optimizers(model, optimizer="muon", **OPTIONS)[0]
-    taken = [names[id(parameter)] for parameter in held([muon]) if parameter.ndim == 4]
-    assert {name.removeprefix("vit.patch_embed.").removesuffix(".weight") for name in taken} == expected
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    filters = [names[id(parameter)] for parameter in held([muon]) if parameter.ndim == 4]
+    assert len(filters) == num_convolutions and all(".stem." in name for name in filters)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.8])
