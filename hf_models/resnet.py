@@ -18,6 +18,8 @@ from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
 
 class ResNetShape(NamedTuple):
     """
@@ -209,8 +211,10 @@ class ResNet(nn.Module):
     def forward(self, pixel_values):
         """(B, C, H, W) -> (B, num_channels_out, ceil(H / stride), ceil(W / stride))."""
         images = pixel_values.to(self.stem.conv.weight.dtype)
-        # Channels last is the faster layout, but for gradients on a CPU, and for CUDA's group norm, which copies back.
-        is_faster = {"cpu": not self.training, "cuda": self.norm_kind == "frozen_batch"}
+        # Channels last is the faster layout, but for CUDA's group norm, which copies back, and for gradients on a CPU,
+        # where AVX-512 and a frozen norm make it pay.
+        is_frozen = self.norm_kind == "frozen_batch"
+        is_faster = {"cpu": not self.training or (is_frozen and HAS_AVX512), "cuda": is_frozen}
         if is_faster.get(images.device.type):
             images = images.contiguous(memory_format=torch.channels_last)
         images = F.relu(self.stem(images), inplace=True)
