@@ -21,15 +21,17 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Three blocks between an embedding and a head; no size divides evenly by two except by chance."""
+    """An embedding, a convolution, three blocks and a head; no size divides evenly by two except by chance."""
 
     def __init__(self):
         super().__init__()
         self.embed_tokens, self.head = nn.Embedding(7, 10), nn.Linear(10, 7, bias=False)
+        self.stem = nn.Sequential(nn.Conv1d(10, 10, kernel_size=3, padding=1))
         self.layers = nn.ModuleList(Block() for _ in range(3))
 
     def forward(self, tokens):
         x = self.embed_tokens(tokens)
+        x = x + self.stem(x.mT).mT
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
