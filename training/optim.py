@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 IN_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
-IN_BLOCK = re.compile(r"(^|\.)(layers|stem)\.\d+\.")  # of a transformer, or of the convolutions before it
+IN_STEM = re.compile(r"(^|\.)stem\.\d+\.")  # the convolutions before a ViT's patches
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -100,9 +100,9 @@ def create_optimizers(
 ) -> list[Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
-    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices and convolutions inside the
-    repeated blocks (`layers.0.`, `layers.1.`, ..., and of a ViT's convolutional stem `stem.0.`, ...), never the
-    embeddings or the head, and AdamW on the rest, a detector's ResNet too; Muon's updates are scaled so that
+    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated blocks
+    (`layers.0.`, `layers.1.`, ...) and on the filters of a ViT's stem (`stem.0.`, ...), never the embeddings or the
+    head, and AdamW on the rest, the filters of a detector's backbone too; Muon's updates are scaled so that
     `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
     `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`; `rate_scales` multiplies those of
     whole modules, as {"model.backbone": 0.1}.
@@ -116,7 +116,8 @@ def create_optimizers(
     scales = {name: scale * of_modules[name] for name, scale in layer_scales(names, layer_decay).items()}
     matrices = {}
     if optimizer == "muon":
-        matrices = {name: p for name, p in parameters.items() if p.ndim >= 2 and IN_BLOCK.search(name)}
+        places = {2: IN_LAYER, 3: IN_STEM, 4: IN_STEM}  # by the number of dimensions
+        matrices = {name: p for name, p in parameters.items() if p.ndim in places and places[p.ndim].search(name)}
         if not matrices:
             raise ValueError("optimizer 'muon' finds no trainable matrix under `layers.`: use 'adamw' for this model")
     elif optimizer != "adamw":

@@ -191,9 +191,17 @@ def test_muon_takes_the_filters_of_a_convolution_as_rows():
     assert torch.equal(filters.flatten(1), matrix)
 
 
-@pytest.mark.parametrize(("model", "num_convolutions"), [("vit-hybrid-mini-patch8-32", 9), ("detr-mini", 0)])
-def test_muon_takes_the_filters_of_a_stem_but_not_of_a_backbone(model, num_convolutions):
-    model = create_model(model)
+@pytest.mark.parametrize(
+    ("make", "num_convolutions"),
+    [
+        (lambda: create_model("vit-hybrid-mini-patch8-32"), 9),
+        (lambda: create_model("detr-mini"), 0),
+        (lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 4))])}), 0),
+    ],
+    ids=["a ViT's stem", "our ResNet", "a stock ResNet's layers"],
+)
+def test_muon_takes_the_filters_of_a_stem_but_not_of_a_backbone(make, num_convolutions):
+    model = make()
     muon = create_optimizers(model, optimizer="muon", **OPTIONS)[0]
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     filters = [names[id(parameter)] for parameter in held([muon]) if parameter.ndim == 4]
