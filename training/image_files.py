@@ -75,7 +75,10 @@ class StoredImages(ABC):
         is_whole = self.num_bytes <= HASHED_BYTES
         chunks = (np.arange(i, min(i + 256, len(self))) for i in range(0, len(self), 256))
         files = ((index, file) for chunk in chunks for index, file in zip(chunk, self.encoded(chunk), strict=True))
-        return [_digest(file, is_whole) or hashlib.sha256(self.name(index).encode()).digest() for index, file in files]
+        return [_digest(file, is_whole) or self._digest_of_name(index) for index, file in files]
+
+    def _digest_of_name(self, index: int) -> bytes:
+        return hashlib.sha256(self.name(index).encode(errors="replace")).digest()
 
     def look(self, index: int) -> tuple[int, tuple[int, int]] | None:
         """Channels, and height and width, as the head of the image says; None if it says nothing."""
