@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from hf_models import resnet
 from hf_models.resnet import (
     RESNETS,
     FrozenBatchNorm,
@@ -53,8 +54,10 @@ def test_the_feature_map_is_that_of_the_stock_class(kind, size, dilation):
     assert actual.shape[2:] == tuple(-(-side // ours.stride) for side in size)
 
 
+@pytest.mark.parametrize("has_avx512", [False, True])  # which decides on the layout
 @every_kind
-def test_the_gradients_are_those_of_frozen_batch_norms(kind):
+def test_the_gradients_are_those_of_frozen_batch_norms(kind, has_avx512, monkeypatch):
+    monkeypatch.setattr(resnet, "HAS_AVX512", has_avx512)
     theirs, ours = stock(kind), ResNet(kind)
     load_backbone_weights(ours, theirs.state_dict())
     images = torch.randn(2, 3, 40, 40)
