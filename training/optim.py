@@ -193,16 +193,34 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
     A quintic Newton-Schulz iteration (Jordan et al. 2024), its coefficients chosen to lift small singular values
     fast rather than to converge. matrices: (matrices, rows, columns); bfloat16 on CUDA, where it is accurate enough.
     """
-    a, b, c = coefficients
     X = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
     is_tall = X.size(-2) > X.size(-1)
     if is_tall:
         X = X.mT  # the Gram matrix of the shorter side is the smaller one
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=epsilon)  # Frobenius norm 1, so no singular value above 1
-    for _ in range(num_iterations):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A^2) X
+    if X.dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
+        X = _polynomials(X @ X.mT, coefficients, num_iterations) @ X
+    else:
+        a, b, c = coefficients
+        for _ in range(num_iterations):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A^2) X
     return X.mT if is_tall else X
+
+
+def _polynomials(A: torch.Tensor, coefficients, num_iterations: int) -> torch.Tensor:
+    """What the iterations multiply X by, from A = X X^T alone: each turns X into P X, P = a I + b A + c A^2, and so A
+    into P A P. Long matrices are then touched twice instead of twice an iteration. Small singular values need float32.
+    """
+    a, b, c = coefficients
+    product = None
+    for number in range(num_iterations):
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = P if product is None else P @ product
+        if number < num_iterations - 1:
+            A = P @ A @ P
+    return product
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

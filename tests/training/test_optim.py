@@ -160,6 +160,21 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_scal
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("rank", [1, 24])
+def test_long_matrices_are_orthogonalised_as_step_by_step(rank):
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, rank) @ torch.randn(2, rank, 96) + 1e-4 * torch.randn(2, 24, 96)
+    options = Muon([nn.Parameter(torch.zeros(1, 1))], lr=1, weight_decay=0).defaults
+    a, b, c = options["ns_coefficients"]
+    X = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(options["ns_steps"]):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    for given, expected in ((matrices, X), (matrices.mT, X.mT)):
+        result = orthogonalise(given, options["ns_coefficients"], options["ns_steps"], options["eps"])
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-4)
+
+
 def test_muon_is_torchs_muon_up_to_bfloat16():
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(12, 20)), nn.Parameter(torch.randn(20, 12)), nn.Parameter(torch.randn(12, 20))]
