@@ -161,6 +161,7 @@ ZOO: dict[str, ZooEntry] = {
     "vit-mini-patch4-32": _vit(VIT, 12, 192, 3, 4, 32),
     "vit-mini-patch8-64": _vit(VIT, 12, 192, 3, 8, 64),
     "vit-hybrid-mini-patch8-32": _vit(VIT, 4, 128, 4, 8, 32, stem_channels=[32, 64, 128], **STRONG_POSITIONS),
+    "vit-hybrid-small-patch8-32": _vit(VIT, 4, 192, 6, 8, 32, stem_channels=[64, 128, 256], **STRONG_POSITIONS),
     "vit-mae-base-patch16-224": _mae(12, 768, 12, 16, 224),
     "vit-mae-large-patch16-224": _mae(24, 1024, 16, 16, 224),
     "vit-mae-huge-patch14-224": _mae(32, 1280, 16, 14, 224),
