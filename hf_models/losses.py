@@ -140,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_weight = torch.zeros_like(weight) if needs_weight and not num_tokens else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         with torch.autocast(hidden_states.device.type, enabled=False):
             for start in range(0, num_tokens, slice_size):
@@ -157,7 +157,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = grad_logits.mul_(counts).to(dtype)
                 if needs_hidden:
                     grad_hidden[part] = grad_logits @ matrix
-                if needs_weight and dtype == weight.dtype:
+                if needs_weight and grad_weight is None:
+                    grad_weight = (grad_logits.T @ states).to(weight.dtype)
+                elif needs_weight and dtype == weight.dtype:
                     grad_weight.addmm_(grad_logits.T, states)
                 elif needs_weight:
                     grad_weight += grad_logits.T @ states
