@@ -6,8 +6,9 @@ h_l = block(h_(l-1)),  l = 1..L,  each token seeing all others
 p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
 p(B follows A) = softmax(W_n tanh(W h_L[first token]))
 
-Neither padding nor the scores of tokens that nobody asked for are ever computed: a padded batch is packed before the
-first block (`layers.Packing`), and in training the head runs on the masked places alone (`losses.scored_places`).
+Nothing is computed that nobody asked for: a padded batch is packed before the first block (`layers.Packing`), the last
+block gives the states that a head reads and no others, and in training the head runs on the masked places alone
+(`losses.scored_places`).
 
 B batch, T tokens, D hidden size, V vocabulary, M masked places, S sequences packed in one row
 """
@@ -34,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
 from .layers import ACTIVATIONS, Packing, TransformerStack, is_plain_linear, make_norm
-from .losses import classification_loss, cross_entropy, linear_cross_entropy, scored_places, states_at
+from .losses import classification_loss, cross_entropy, linear_cross_entropy, marked_places, scored_places, states_at
 from .question_answering import answer_question
 
 
@@ -137,6 +138,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         skip_padding: bool = True,
+        read_places: torch.BoolTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -144,8 +146,10 @@ class ZooBertModel(ZooBertPreTrainedModel):
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
             attention_mask: (B, T), 1 for real tokens and 0 for padding; or a ready (B, 1, T, T) mask.
             skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
-                see the M real tokens of the batch as (1, M, D). Without effect where a compiler, or hidden states
-                asked for, need tensors of fixed shape.
+                see the M real tokens of the batch as (1, M, D). Without effect where a compiler, hidden states asked
+                for, or drop path need tensors of fixed shape.
+            read_places: (B, T), true where the last states will be read. The last block computes no others, and they
+                are 0. Without effect as `skip_padding`, or where attention maps are asked for.
             token_type_ids: (B, T), 0 or 1. Default: 0.
             position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
                 and the next begins: attention then stays within each.
@@ -156,15 +160,20 @@ class ZooBertModel(ZooBertPreTrainedModel):
                 would mix up.
         """
         self.check_inputs(input_ids, inputs_embeds)
-        self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
+        wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
+        self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
         if position_ids is not None:
             position_ids = position_ids.expand(inputs_embeds.shape[:2])
         is_packed = attention_mask is None and position_ids is not None
-        skip_padding = skip_padding and not (wants_states or is_tracing(inputs_embeds))
-        packing = self.find_packing(attention_mask, position_ids) if skip_padding else None
+        drops_paths = self.training and self.config.drop_path > 0  # of whole sequences, so these stay apart
+        is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
+        packing = self.find_packing(attention_mask, position_ids) if skip_padding and is_free else None
+        asking = None
+        if read_places is not None and is_free and not wants_maps:
+            asking = Packing(read_places if packing is None else packing.pack(read_places))
 
         mask, has_borders = None, is_flash_attention_requested(self.config)
         if packing is not None and has_borders:
@@ -192,8 +201,10 @@ class ZooBertModel(ZooBertPreTrainedModel):
             position_ids = packing.pack(position_ids.expand(hidden_states.shape[:2]))
             hidden_states = packing.pack(hidden_states)  # (1, M, D)
         hidden_states, rotary = self.encode_positions(hidden_states, position_ids)
-        hidden_states = self.layers(self.dropout(self.embedding_norm(hidden_states)), mask, rotary=rotary, **kwargs)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.dropout(self.embedding_norm(hidden_states))
+        hidden_states = self.norm(self.layers(hidden_states, mask, rotary=rotary, asking=asking, **kwargs))
+        if asking is not None:
+            hidden_states = asking.unpack(hidden_states)
         if packing is not None:
             hidden_states = packing.unpack(hidden_states)  # (B, T, D)
         return BaseModelOutputWithPooling(
@@ -254,7 +265,8 @@ class MaskedTokenHead(nn.Module):
 
 
 class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
-    """What the two models that fill in masked tokens share: the head's matrix is that of the embedding."""
+    """What the two models that fill in masked tokens share: the head's matrix is that of the embedding, and which
+    states it reads."""
 
     _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
     _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
@@ -264,6 +276,21 @@ class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings):
         self.mlm_head.decoder = new_embeddings
+
+    def returns_logits(self, return_logits, labels) -> bool:
+        """Whether to return scores of tokens; by default not beside a loss while training."""
+        return (labels is None or not self.training) if return_logits is None else return_logits
+
+    def read_places(self, labels, masked_positions, returns_logits, logits_to_keep, first_positions=None):
+        """Which states (B, T) are read, or None for all: those that are scored, those whose scores are returned, and
+        the first ones of sequences, where a second head reads them."""
+        if labels is None or (returns_logits and logits_to_keep is None):
+            return None
+        read = labels != -100 if masked_positions is None else torch.zeros_like(labels, dtype=torch.bool)
+        for positions in (masked_positions, logits_to_keep if returns_logits else None, first_positions):
+            if positions is not None:
+                read = read | marked_places(positions.to(read.device), read.shape[1])
+        return read
 
 
 class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
@@ -313,6 +340,10 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
             `loss`, the sum of the losses whose labels were given; `prediction_logits` (B, T, V) unless left out;
             `seq_relationship_logits` (B, 2) or (B, S, 2).
         """
+        return_logits = self.returns_logits(return_logits, labels)
+        first = torch.zeros(1, 1, dtype=torch.long) if sequence_positions is None else sequence_positions
+        read = self.read_places(labels, masked_positions, return_logits, logits_to_keep, first)
+        kwargs.setdefault("read_places", read)
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states, pooled = outputs.last_hidden_state, outputs.pooler_output
         if sequence_positions is not None:
@@ -325,8 +356,6 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
             losses.append(self.mlm_head.loss(hidden_states, labels, masked_positions, num_items.get("masked_lm")))
         if next_sentence_label is not None:
             losses.append(cross_entropy(relationship, next_sentence_label, num_items.get("next_sentence")))
-        if return_logits is None:
-            return_logits = labels is None or not self.training
         return BertForPreTrainingOutput(
             loss=sum(losses) if losses else None,
             prediction_logits=self.mlm_head.forward_at(hidden_states, logits_to_keep) if return_logits else None,
@@ -364,19 +393,26 @@ class ZooBertForMaskedLM(ZooBertWithMaskedTokenHead):
     ) -> MaskedLMOutput:
         """Arguments and results as `ZooBertForPreTraining`, without what concerns the next sentence;
         `num_items_in_batch` is one number."""
+        return_logits = self.returns_logits(return_logits, labels)
+        read = self.read_places(labels, masked_positions, return_logits, logits_to_keep)
+        kwargs.setdefault("read_places", read)
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
             loss = self.mlm_head.loss(hidden_states, labels, masked_positions, num_items_in_batch)
-        if return_logits is None:
-            return_logits = labels is None or not self.training
         return MaskedLMOutput(
             loss=loss,
             logits=self.mlm_head.forward_at(hidden_states, logits_to_keep) if return_logits else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def first_places(input_ids, inputs_embeds):
+    """(B, T), true at the first token of each row; None without a row, which `ZooBertModel` refuses."""
+    tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+    return None if tokens is None else (torch.arange(tokens.shape[1], device=tokens.device) == 0).expand(tokens.shape)
 
 
 def classifier_dropout(config: ZooBertConfig) -> nn.Dropout:
@@ -416,6 +452,7 @@ class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
                 multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
             num_items_in_batch: what the summed loss is divided by; by default the number of labels.
         """
+        kwargs.setdefault("read_places", first_places(input_ids, inputs_embeds))
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None

@@ -67,17 +67,17 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
 
 
 class Packing:
-    """The tokens of a batch laid end to end, so that only attention ever computes on padding (Warner et al. 2024,
-    "ModernBERT", section 2.1.3).
+    """Chosen tokens of a batch laid end to end: without its padding, so that only attention ever computes on that
+    (Warner et al. 2024, "ModernBERT", section 2.1.3), or those alone that the last block is asked for.
 
     Args:
-        is_token: (B, T), true where there is a token and not padding.
-        lengths: (sequences,), the number of tokens of each sequence in that order.
+        is_chosen: (B, T), true where there is a token and not padding, or where one is asked for.
+        lengths: (sequences,), the number of tokens of each sequence in that order, for `borders`.
     """
 
-    def __init__(self, is_token, lengths):
-        self.batch_shape = is_token.shape
-        self.places = is_token.flatten().nonzero().squeeze(1)  # (M,), M tokens among the B T places
+    def __init__(self, is_chosen, lengths=None):
+        self.batch_shape = is_chosen.shape
+        self.places = is_chosen.flatten().nonzero().squeeze(1)  # (M,), M tokens among the B T places
         self.lengths = lengths
 
     def pack(self, padded):
@@ -87,13 +87,28 @@ class Packing:
     def unpack(self, packed):
         """(1, M, ...) -> (B, T, ...), zero where there is no token."""
         padded = packed.new_zeros(self.batch_shape.numel(), *packed.shape[2:])
-        return padded.index_copy(0, self.places.to(packed.device), packed[0]).unflatten(0, self.batch_shape)
+        return padded.index_copy_(0, self.places.to(packed.device), packed[0]).unflatten(0, self.batch_shape)
 
     def borders(self):
         """What flash attention takes instead of padding and mask, by transformers' names for it."""
         ends = F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = int(self.lengths.max())
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+class FirstToken:
+    """The first of the T tokens of each sequence: chosen as by `Packing`, but apart for each sequence."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    def pack(self, states):
+        """(B, T, ...) -> (B, 1, ...)."""
+        return states[:, :1]
+
+    def unpack(self, states):
+        """(B, 1, ...) -> (B, T, ...), zero behind the first token."""
+        return F.pad(states, (0, 0) * (states.ndim - 2) + (0, self.num_tokens - 1))
 
 
 class MultiHeadAttention(nn.Module):
@@ -134,6 +149,7 @@ class MultiHeadAttention(nn.Module):
         key_position=None,
         past_key_values=None,
         packing=None,
+        asking=None,
         **kwargs,
     ):
         """
@@ -146,14 +162,17 @@ class MultiHeadAttention(nn.Module):
                 not before the value's (Carion et al. 2020, figure 10).
             past_key_values: a transformers cache, which gets this call's keys and values and gives back all.
             packing: of `hidden_states` (1, M, D), which attend to each other in their padded places.
+            asking: the `Packing` or `FirstToken` of the tokens whose output is wanted; the others only answer.
 
         Returns:
-            The output (B, T, D), and the probabilities (B, N, T, S) or None where the backend does not form them.
+            The output (B, T, D), or of the `asking` tokens alone, as they pack it; and the probabilities (B, N, T, S)
+            or None where the backend does not form them.
         """
         source_states = hidden_states if source_states is None else source_states
-        query = self.q_proj(hidden_states if query_position is None else hidden_states + query_position)
+        query_states = hidden_states if query_position is None else hidden_states + query_position
+        query = self.q_proj(query_states if asking is None else asking.pack(query_states))
         key = self.k_proj(source_states if key_position is None else source_states + key_position)
-        query = self._split_heads(query)  # (B, N, T, H)
+        query = self._split_heads(query if asking is None else asking.unpack(query))  # (B, N, T, H)
         key = self._split_heads(key)  # (B, K, S, H)
         value = self._split_heads(self.v_proj(source_states))
         if self.q_norm is not None:
@@ -162,22 +181,24 @@ class MultiHeadAttention(nn.Module):
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = partial(self._attend, mask=attention_mask, packing=packing, asking=asking, **kwargs)
+        is_worth_it = packing is not None and self.training and not self.attention_dropout
+        if not is_worth_it or not is_plain_linear(self.o_proj):
+            return attend(query, key, value)
+        # What is padded again is several times as large, and quick to compute again when the backward pass needs it.
+        return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False)
+
+    def _attend(self, query, key, value, mask, packing, asking, **kwargs):
+        """From queries, keys and values of (B, heads, T or S, H) to the output and the probabilities."""
         if packing is not None:
             query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
         output = output.flatten(2)  # (B, T, N, H) -> (B, T, N H)
-        return self.o_proj(output if packing is None else packing.pack(output)), weights
+        for chosen in (packing, asking):
+            output = output if chosen is None else chosen.pack(output)
+        return self.o_proj(output), weights
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -303,6 +324,7 @@ class TransformerBlock(GradientCheckpointingLayer):
         encoder_attention_mask=None,
         position_embeddings=None,
         encoder_position_embeddings=None,
+        asking=None,
         **kwargs,
     ):
         """
@@ -312,10 +334,11 @@ class TransformerBlock(GradientCheckpointingLayer):
             position_embeddings, encoder_position_embeddings: (B, T, D) and (B, S, D), added to queries and keys in
                 every block, as DETR does; None where positions were added to the input once. What has a gradient is
                 best given by place: gradient checkpointing looks for it there.
+            asking: the `Packing` or `FirstToken` of the tokens whose states are wanted.
             **kwargs: on to self-attention (`rotary`, `past_key_values`) and to the attention backend.
 
         Returns:
-            (B, T, D).
+            (B, T, D), or the `asking` tokens alone, as they pack them.
         """
 
         def attend(states):
@@ -324,6 +347,7 @@ class TransformerBlock(GradientCheckpointingLayer):
                 attention_mask,
                 query_position=position_embeddings,
                 key_position=position_embeddings,
+                asking=asking,
                 **kwargs,
             )[0]
 
@@ -336,21 +360,22 @@ class TransformerBlock(GradientCheckpointingLayer):
                 key_position=encoder_position_embeddings,
             )[0]
 
-        hidden_states = self._residual(hidden_states, attend, self.attention_norm, self.attention_branch)
+        hidden_states = self._residual(hidden_states, attend, self.attention_norm, self.attention_branch, asking)
         if self.cross_attention is not None:
             norm, branch = self.cross_attention_norm, self.cross_attention_branch
             hidden_states = self._residual(hidden_states, cross_attend, norm, branch)
         return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm, self.feed_forward_branch)
 
-    def _residual(self, hidden_states, sublayer, norm, branch):
-        if self.pre_norm:
-            return hidden_states + branch(sublayer(norm(hidden_states)))
-        return norm(hidden_states + branch(sublayer(hidden_states)))
+    def _residual(self, hidden_states, sublayer, norm, branch, asking=None):
+        change = branch(sublayer(norm(hidden_states) if self.pre_norm else hidden_states))
+        hidden_states = (hidden_states if asking is None else asking.pack(hidden_states)) + change
+        return hidden_states if self.pre_norm else norm(hidden_states)
 
 
 class TransformerStack(nn.ModuleList):
     """Blocks one after the other (Vaswani et al. 2017, figure 1): an encoder, or with `is_causal` and
-    `cross_attention` a decoder. Calling it passes its arguments to every block."""
+    `cross_attention` a decoder. Calling it passes its arguments to every block, but `asking` to the last one alone:
+    there the tokens that nobody reads serve as keys and values and need nothing more."""
 
     def __init__(self, config, num_layers: int, *, is_causal: bool = False, cross_attention: bool = False):
         super().__init__(
@@ -367,9 +392,10 @@ class TransformerStack(nn.ModuleList):
             if hasattr(module, "num_residual_branches"):
                 module.num_residual_branches = (3 if cross_attention else 2) * num_layers
 
-    def forward(self, hidden_states, *args, **kwargs):
-        for block in self:
-            hidden_states = block(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states, *args, asking=None, **kwargs):
+        for number, block in enumerate(self, start=1):
+            chosen = {} if asking is None or number < len(self) else {"asking": asking}
+            hidden_states = block(hidden_states, *args, **chosen, **kwargs)
         return hidden_states
 
 

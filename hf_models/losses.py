@@ -44,6 +44,12 @@ def states_at(hidden_states, positions):
     return hidden_states.take_along_dim(positions.to(hidden_states.device).clamp(min=0)[..., None], dim=1)
 
 
+def marked_places(positions, num_tokens: int):
+    """(B, T), true at `positions` (B, M), which are padded with -1."""
+    marks = torch.zeros(positions.shape[0], num_tokens + 1, dtype=torch.bool, device=positions.device)
+    return marks.scatter(1, positions.where(positions >= 0, num_tokens), True)[:, :-1]
+
+
 def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=None, ignore_index: int = -100):
     """Mean of -log softmax(W x + b)[target] over the targets that count, without ever holding all logits.
 

@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import TransformerStack, make_norm
+from .layers import FirstToken, TransformerStack, make_norm
 from .losses import classification_loss
 from .patches import (
     ClassAndRegisterTokens,
@@ -287,11 +287,16 @@ class ZooViTModel(ZooViTPreTrainedModel):
                 rotary = tuple(angles[0, 0, places][:, None] for angles in rotary)  # (B, 1, prefix + K, H / 2)
         return self.dropout(self.tokens(patches, self.positions.class_vector())), rotary
 
-    def encode(self, hidden_states, rotary, **kwargs) -> BaseModelOutputWithPooling:
-        """Blocks, norm and pooler."""
-        self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
-        kwargs.pop("output_hidden_states", None)
-        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, **kwargs))
+    def encode(self, hidden_states, rotary, only_first: bool = False, **kwargs) -> BaseModelOutputWithPooling:
+        """Blocks, norm and pooler. only_first: the last block's states of other tokens than the first are not read,
+        and are 0."""
+        wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
+        self.check_output_attentions(wants_maps)
+        wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        first = FirstToken(hidden_states.shape[1]) if only_first and not (wants_maps or wants_states) else None
+        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, asking=first, **kwargs))
+        if first is not None:
+            hidden_states = first.unpack(hidden_states)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(pool(hidden_states, self.config)))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -336,7 +341,7 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
                 `config.problem_type` is "single_label_classification".
             num_items_in_batch: what the summed loss is divided by; by default the number of images.
         """
-        outputs = self.vit(pixel_values, **kwargs)
+        outputs = self.vit(pixel_values, only_first=self.config.pooling == "class", **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, self.config))  # (B, num_labels)
         loss = None
         if labels is not None:

@@ -133,7 +133,7 @@ def test_logits_are_there_whenever_they_are_not_a_waste(make_bert, model_class, 
 def test_the_loss_does_not_depend_on_the_logits(make_bert, sentences):
     model, asked = make_bert().train(), labels_for(ZooBertForMaskedLM, sentences)
     without = model(**sentences, **asked).loss
-    assert torch.equal(model(**sentences, **asked, return_logits=True).loss, without)
+    assert_close(model(**sentences, **asked, return_logits=True).loss, without, **EXACT)
     assert_close(model.eval()(**sentences, **asked).loss, without, **EXACT)
 
 
@@ -237,6 +237,51 @@ def test_nothing_is_computed_on_padding(make_bert, sentences):
     assert (outputs.last_hidden_state[sentences["attention_mask"] == 0] == 0).all()
     model(sentences["input_ids"], attention_mask=torch.ones(3, 12))
     assert seen[1] == (3, 12, 32)  # nothing to leave out
+
+
+@BACKENDS
+@pytest.mark.parametrize("model_class", [ZooBertForMaskedLM, ZooBertForPreTraining, ZooBertForSequenceClassification])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_last_block_computes_what_is_read_and_no_more(make_bert, backend, model_class, padded, sentences):
+    model = make_bert(model_class, attn_implementation=backend, num_labels=3).train()
+    sentences = sentences if padded else {"input_ids": sentences["input_ids"]}
+    asked = labels_for(model_class, sentences)
+    seen = []
+    model.bert.layers[-1].feed_forward.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].shape))
+    results = []
+    for options in ({}, {"read_places": None}):
+        loss = model(**sentences, **asked, **options).loss
+        loss.backward()
+        results.append((loss, gradients(model)))
+    assert_close(*results, **SAME)
+    read = set() if model_class is ZooBertForMaskedLM else {0, 12, 24}  # of the 36 places
+    if "masked_positions" in asked:
+        read |= {12 * row + place for row, place in asked["labels"].ne(-100).nonzero().tolist()}
+    assert seen == [(1, len(read), 32), (1, 12 + 9 + 5, 32) if padded else (3, 12, 32)]
+
+
+def test_what_is_read_may_be_chosen_anew_by_the_evaluation(make_bert, sentences):
+    """Scores of chosen places beside a loss: those are read too. With hidden states or maps, everything is there."""
+    model, asked = make_bert(ZooBertForPreTraining), labels_for(ZooBertForPreTraining, sentences)
+    places = torch.tensor([[3, 5], [8, -1], [4, 0]])
+    full = model(**sentences).prediction_logits
+    chosen = model(**sentences, **asked, logits_to_keep=places).prediction_logits
+    for row, place in ((0, 3), (0, 5), (1, 8), (2, 4), (2, 0)):
+        assert_close(chosen[row, places[row].tolist().index(place)], full[row, place], **SAME)
+    for wanted in ("output_hidden_states", "output_attentions"):
+        outputs = model.train()(**sentences, **asked, **{wanted: True})
+        last = outputs.hidden_states if wanted == "output_hidden_states" else outputs.attentions
+        assert (last[-1][0] != 0).all()
+
+
+def test_paths_are_dropped_for_each_sequence_of_a_padded_batch(make_bert, sentences):
+    model = make_bert(ZooBertForSequenceClassification, drop_path=0.5).train()
+    seen = []
+    model.bert.layers[-1].feed_forward_branch.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for _ in range(20):
+        model(**sentences)
+    dropped = {tuple((change == 0).all(-1).all(-1).tolist()) for change in seen}
+    assert all(len(rows) == 3 for rows in dropped) and len(dropped) > 2
 
 
 @BACKENDS

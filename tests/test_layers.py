@@ -10,9 +10,11 @@ from hf_models.base import TransformerConfig
 from hf_models.layers import (
     DropPath,
     FeedForward,
+    FirstToken,
     LayerScale,
     LearnedPositions2D,
     MultiHeadAttention,
+    Packing,
     TransformerBlock,
     TransformerStack,
     apply_rotary,
@@ -303,6 +305,23 @@ def test_the_deeper_a_block_of_a_stack_the_more_often_its_branches_are_left_out(
 def test_a_stack_is_its_blocks_one_after_the_other(make):
     stack, x = make(TransformerStack, 3), states(2, 7, 24)
     assert torch.equal(stack(x), stack[2](stack[1](stack[0](x))))
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("first", [True, False], ids=["first token", "chosen tokens"])
+def test_a_stack_gives_the_tokens_asked_for_and_their_gradients(make, norm_position, backend, first):
+    stack = make(TransformerStack, 3, norm_position=norm_position, backend=backend, qk_norm=True)
+    x, rotary = states(2, 7, 24).requires_grad_(), rotary_angles(torch.arange(7)[None], 6, dtype=torch.float64)
+    is_chosen = torch.tensor([[1, 0, 0, 0, 0, 0, 0]] * 2 if first else [[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1]])
+    asking = FirstToken(7) if first else Packing(is_chosen)
+    whole, some = stack(x, rotary=rotary), stack(x, rotary=rotary, asking=asking)
+    assert some.shape == ((2, 1, 24) if first else (1, 4, 24))
+    whole = whole * is_chosen[..., None]
+    assert_close(asking.unpack(some), whole, **EXACT)
+    wanted, parameters = states(2, 7, 24), [x, *stack.parameters()]
+    expected = torch.autograd.grad((whole * wanted).sum(), parameters)
+    assert_close(torch.autograd.grad((asking.unpack(some) * wanted).sum(), parameters), expected, **EXACT)
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])

@@ -268,6 +268,23 @@ def test_pooling_is_the_class_token_or_the_mean_of_the_patches_or_both(make_vit,
         assert base(images).pooler_output.shape == (3, 32)
 
 
+def test_the_last_block_computes_what_the_classifier_reads(make_vit, images):
+    """The class token alone, unless somebody wants to see the others."""
+    seen = []
+    for pooling, num_tokens in (("class", 1), ("mean", 16), ("both", 17)):
+        model, labels = make_vit(pooling=pooling), torch.tensor([0, 2, 1])
+        model.vit.layers[-1].feed_forward.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].shape))
+        loss = model(images, labels=labels).loss
+        loss.backward()
+        expected = model(images, labels=labels, output_hidden_states=True)
+        found = gradients(model)
+        expected.loss.backward()
+        assert_close((loss, found), (expected.loss, gradients(model)), **SAME)
+        assert seen == [(3, num_tokens, 32), (3, 16 + (pooling != "mean"), 32)]
+        assert (expected.hidden_states[-1] != 0).any(-1).all()
+        seen.clear()
+
+
 def test_the_pooler_is_a_choice(make_vit, images):
     with_pooler = make_vit(ZooViTModel)
     without = ZooViTModel(with_pooler.config, add_pooling_layer=False).eval()
