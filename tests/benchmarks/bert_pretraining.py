@@ -4,9 +4,9 @@
 
 Both have the same layers, width and vocabulary, and see the same sequences with the same masks. Ours trains as the
 recipe `bert-prose.yaml` does; theirs is `BertForPreTraining` (sdpa, post-norm, learned positions) with fused AdamW on
-padded batches. The two take steps in turn in one process, each by its own clock (the time of the processor, divided by
-the number of threads), so that nothing else on the machine favours one; learning rates rise and fall with the part of
-the time that is used up.
+padded batches. Each has the matrix products of its own library's training. The two take steps in turn in one process,
+each by its own clock (the time of the processor, divided by the number of threads), so that nothing else on the machine
+favours one; learning rates rise and fall with the part of the time that is used up.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from gpt import default_matmul
 
 import hf_models
 from training.arguments import parse_arguments
 from training.documents import read_documents
 from training.masking import MaskedRows, masked_evaluation_rows
 from training.optim import create_optimizers, learning_rate_factor
-from training.processes import speed_up_cpu_matmul
+from training.processes import fastest_attention, speed_up_cpu_matmul
 from training.text import IGNORED_LABEL, tokenize_documents
 from training.tokenizer import make_tokenizer
 from training.train_bert import BertArguments, count_correct
@@ -52,15 +53,17 @@ def unpack(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch
 
 
 class Contender:
-    """One of the two: a model, how it is given a batch, and the time it has used."""
+    """One of the two: a model, how its library multiplies, how it is given a batch, and the time it has used."""
 
-    def __init__(self, name, model, optimizers, prepare, rows, args, budget: float):
-        self.name, self.model, self.optimizers, self.prepare, self.rows = name, model.train(), optimizers, prepare, rows
+    def __init__(self, name, model, set_up, optimizers, prepare, rows, args, budget: float):
+        self.name, self.model, self.set_up = name, model.train(), set_up
+        self.optimizers, self.prepare, self.rows = optimizers, prepare, rows
         self.args, self.budget, self.seconds, self.step, self.tokens = args, budget, 0.0, 0, 0
 
     def take_step(self):
         batch = self.rows.rows(self.step * self.args.global_batch_size, self.args.global_batch_size)
         batch = self.prepare(batch)
+        self.set_up()
         started = time.process_time()
         factor = learning_rate_factor(
             int(1e4 * self.seconds / self.budget), schedule="linear", max_steps=10_000, warmup_steps=200, final=0.0
@@ -103,7 +106,6 @@ def main():
     parser.add_argument("--only", choices=["ours", "stock"], help="run one of the two")
     options = parser.parse_args()
     args = parse_arguments(BertArguments, ["--recipe", str(RECIPE), "--output_dir", "unused"])
-    speed_up_cpu_matmul()
     torch.manual_seed(args.seed)
 
     corpus = read_documents(options.data)
@@ -111,7 +113,7 @@ def main():
     cache = tokenize_documents(corpus, tokenizer)
     rows = MaskedRows(cache.tokens("train"), tokenizer, args.row_length, args.seed, next_sentence=args.next_sentence)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": args.row_length}
-    ours = hf_models.create_model(args.model, **sizes)
+    ours = hf_models.create_model(args.model, **sizes, attn_implementation=fastest_attention("cpu"))
     config = ours.config
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     theirs = transformers.BertForPreTraining(
@@ -127,11 +129,13 @@ def main():
     rates = {"learning_rate": options.stock_learning_rate, "weight_decay": 0.01}  # Devlin et al. 2019, appendix A.2
     stock_optimizers = create_optimizers(theirs, optimizer="adamw", betas=(0.9, 0.999), **rates)
     budget = 60 * options.minutes
+
+    def to_padded(batch):
+        return unpack(batch, tokenizer.pad_token_id)
+
     contenders = [
-        Contender("ours", ours, optimizers, lambda batch: batch, rows, args, budget),
-        Contender(
-            "stock", theirs, stock_optimizers, lambda batch: unpack(batch, tokenizer.pad_token_id), rows, args, budget
-        ),
+        Contender("ours", ours, speed_up_cpu_matmul, optimizers, lambda batch: batch, rows, args, budget),
+        Contender("stock", theirs, default_matmul, stock_optimizers, to_padded, rows, args, budget),
     ]
     contenders = [one for one in contenders if options.only in (None, one.name)]
     print(
