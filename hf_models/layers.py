@@ -57,8 +57,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
     scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, num_heads, num_tokens, num_sources)
     if attention_mask is not None:
         if attention_mask.dtype != scores.dtype:  # under autocast, where sdpa rounds the mask too
-            least = max(torch.finfo(dtype).min for dtype in (attention_mask.dtype, scores.dtype))
-            attention_mask = attention_mask.clamp(min=least).to(scores.dtype)
+            attention_mask = attention_mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
     probabilities = F.softmax(scores, dim=-1).to(value.dtype)
     weights = F.dropout(probabilities, p=dropout, training=module.training) if dropout else probabilities

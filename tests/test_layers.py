@@ -18,6 +18,7 @@ from hf_models.layers import (
     TransformerBlock,
     TransformerStack,
     apply_rotary,
+    eager_attention_forward,
     make_norm,
     rotary_angles,
     rotary_angles_2d,
@@ -160,6 +161,28 @@ def test_an_additive_bias_is_added_to_the_scores(make, backend):
     layer, x = make(MultiHeadAttention, 0, backend=backend), states(2, 7, 24)
     bias = states(7, 7)
     assert_close(layer(x, bias.expand(2, 1, 7, 7))[0], attention(layer, x, bias=bias)[0], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mask_of_another_type_masks_as_well(make, dtype, mask_dtype):
+    """As under autocast; where everything is masked, as in a row of padding, the result is still a number."""
+    layer, (query, key, value) = make(MultiHeadAttention, 0), torch.randn(3, 2, 4, 7, 6).to(dtype)
+    is_masked = torch.rand(2, 1, 7, 7) < 0.4
+    is_masked[:, :, :, 0], is_masked[1, 0, 3] = False, True
+    expected, actual = (
+        eager_attention_forward(
+            layer,
+            query,
+            key,
+            value,
+            torch.zeros_like(is_masked, dtype=one).masked_fill(is_masked, torch.finfo(one).min),
+        )[0]
+        for one in (dtype, mask_dtype)
+    )
+    assert actual.dtype == dtype and actual.isfinite().all()
+    some_are_seen = ~is_masked[:, 0].all(-1)
+    assert_close(actual[some_are_seen], expected[some_are_seen], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
