@@ -6,7 +6,7 @@ h_l = block(h_(l-1)),  l = 1..L,  each token seeing all others
 p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
 p(B follows A) = softmax(W_n tanh(W h_L[first token]))
 
-Nothing is computed that nobody asked for: a padded batch is packed before the first block (`layers.Packing`), the last
+Little is computed that nobody asked for: a padded batch is packed before the first block (`layers.Packing`), the last
 block gives the states that a head reads and no others, and in training the head runs on the masked places alone
 (`losses.scored_places`).
 
@@ -34,7 +34,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
-from .layers import ACTIVATIONS, Packing, TransformerStack, is_plain_linear, make_norm
+from .layers import ACTIVATIONS, FirstToken, Packing, TransformerStack, is_plain_linear, make_norm
 from .losses import classification_loss, cross_entropy, linear_cross_entropy, marked_places, scored_places, states_at
 from .question_answering import answer_question
 
@@ -139,6 +139,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         skip_padding: bool = True,
         read_places: torch.BoolTensor | None = None,
+        only_first: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -148,8 +149,11 @@ class ZooBertModel(ZooBertPreTrainedModel):
             skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
                 see the M real tokens of the batch as (1, M, D). Without effect where a compiler, hidden states asked
                 for, or drop path need tensors of fixed shape.
-            read_places: (B, T), true where the last states will be read. The last block computes no others, and they
-                are 0. Without effect as `skip_padding`, or where attention maps are asked for.
+            read_places: (B, T), true where the last states will be read: the last block gives no others, and they are
+                0. It, and hooks on it, then see the R places that are read as (1, R, D). Without effect in the cases
+                of `skip_padding`, and where attention maps are asked for. The heads set it by themselves.
+            only_first: whether the first token's state is the only one that will be read, the same way; without padding
+                the last block gives (B, 1, D), also under a compiler.
             token_type_ids: (B, T), 0 or 1. Default: 0.
             position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
                 and the next begins: attention then stays within each.
@@ -172,16 +176,16 @@ class ZooBertModel(ZooBertPreTrainedModel):
         is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
         packing = self.find_packing(attention_mask, position_ids) if skip_padding and is_free else None
         asking = None
-        if read_places is not None and is_free and not wants_maps:
-            asking = Packing(read_places if packing is None else packing.pack(read_places))
+        if not (wants_states or wants_maps):
+            asking = self.find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
 
         mask, has_borders = None, is_flash_attention_requested(self.config)
         if packing is not None and has_borders:
             kwargs |= packing.borders()
         elif is_packed and has_borders:
             raise ValueError(
-                "flash attention keeps packed sequences apart only with skip_padding and without a compiler or "
-                "output_hidden_states: change that, or call model.set_attn_implementation('sdpa')"
+                "flash attention keeps packed sequences apart only with skip_padding and without a compiler, drop path "
+                "in training or output_hidden_states: change that, or call model.set_attn_implementation('sdpa')"
             )
         else:
             mask = create_bidirectional_mask(
@@ -224,6 +228,17 @@ class ZooBertModel(ZooBertPreTrainedModel):
             ends = torch.cat((begins[1:], begins.new_tensor([position_ids.numel()])))
             return Packing(torch.ones_like(position_ids), ends - begins)
         return None
+
+    def find_asking(self, embeddings, packing, read_places, only_first: bool) -> Packing | FirstToken | None:
+        """Which tokens the last block is asked for, or None for all of them."""
+        if only_first and packing is None:
+            return FirstToken(embeddings.shape[1])
+        if only_first:
+            is_first = torch.arange(embeddings.shape[1], device=embeddings.device) == 0
+            read_places = is_first.expand(embeddings.shape[:2])
+        if read_places is None:
+            return None
+        return Packing(read_places if packing is None else packing.pack(read_places))
 
 
 def same_sequence(position_ids):
@@ -409,12 +424,6 @@ class ZooBertForMaskedLM(ZooBertWithMaskedTokenHead):
         )
 
 
-def first_places(input_ids, inputs_embeds):
-    """(B, T), true at the first token of each row; None without a row, which `ZooBertModel` refuses."""
-    tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-    return None if tokens is None else (torch.arange(tokens.shape[1], device=tokens.device) == 0).expand(tokens.shape)
-
-
 def classifier_dropout(config: ZooBertConfig) -> nn.Dropout:
     """The dropout before a classifier."""
     return nn.Dropout(config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout)
@@ -452,7 +461,7 @@ class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
                 multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
             num_items_in_batch: what the summed loss is divided by; by default the number of labels.
         """
-        kwargs.setdefault("read_places", first_places(input_ids, inputs_embeds))
+        kwargs.setdefault("only_first", True)
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None

@@ -103,7 +103,7 @@ class FirstToken:
 
     def pack(self, states):
         """(B, T, ...) -> (B, 1, ...)."""
-        return states[:, :1]
+        return states[:, :1].contiguous()
 
     def unpack(self, states):
         """(B, 1, ...) -> (B, T, ...), zero behind the first token."""
@@ -181,14 +181,12 @@ class MultiHeadAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = partial(self._attend, mask=attention_mask, packing=packing, asking=asking, **kwargs)
-        is_worth_it = packing is not None and self.training and not self.attention_dropout
-        if not is_worth_it or not is_plain_linear(self.o_proj):
-            return attend(query, key, value)
-        # What is padded again is several times as large, and quick to compute again when the backward pass needs it.
-        return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False)
+        # Padded again, queries, keys, values and scores are the largest tensors of a block.
+        recompute = packing is not None and self.training and not self.attention_dropout
+        return project(self.o_proj, attend, query, key, value, recompute=recompute)
 
     def _attend(self, query, key, value, mask, packing, asking, **kwargs):
-        """From queries, keys and values of (B, heads, T or S, H) to the output and the probabilities."""
+        """Queries, keys and values (B, heads, T or S, H) to what the heads found (B, T, N H), and the probabilities."""
         if packing is not None:
             query, key, value = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -197,7 +195,7 @@ class MultiHeadAttention(nn.Module):
         output = output.flatten(2)  # (B, T, N, H) -> (B, T, N H)
         for chosen in (packing, asking):
             output = output if chosen is None else chosen.pack(output)
-        return self.o_proj(output), weights
+        return output, weights
 
     def _split_heads(self, projected):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -225,14 +223,28 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states):
         """(B, T, D) -> (B, T, D)."""
         wide = [project(hidden_states) for project in (self.up_proj, self.gate_proj) if project is not None]
-        is_worth_it = self.training and self.recomputes and not torch.compiler.is_compiling()
-        if not is_worth_it or not is_plain_linear(self.down_proj):
-            return self._down(*wide)
-        # The activation is the widest tensor of a block, and quick to compute again when the backward pass needs it.
-        return checkpoint(self._down, *wide, use_reentrant=False, preserve_rng_state=False)
+        # What goes into the last projection is the widest tensor of a block.
+        recompute = self.training and self.recomputes and not torch.compiler.is_compiling()
+        return project(self.down_proj, self._activate, *wide, recompute=recompute)[0]
 
-    def _down(self, up, gate=None):
-        return self.down_proj(self.activation(up) if gate is None else self.activation(gate) * up)
+    def _activate(self, up, gate=None):
+        return (self.activation(up) if gate is None else self.activation(gate) * up,)
+
+
+def project(linear: nn.Module, prepare, *tensors, recompute: bool):
+    """linear(x) for x, *others = prepare(*tensors), followed by the others. With `recompute`, and where `linear` is
+    nothing but a product, x is not kept for the backward pass but computed again there, which has to be cheap."""
+    if not recompute or not is_plain_linear(linear):
+        x, *others = prepare(*tensors)
+        return linear(x), *others
+
+    def prepare_and_project(weight, bias, *tensors):
+        x, *others = prepare(*tensors)
+        return F.linear(x, weight, bias), *others
+
+    # The weight is handed over, since the module may have another one by then (torch.func.functional_call).
+    arguments = (linear.weight, linear.bias, *tensors)
+    return checkpoint(prepare_and_project, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -374,7 +386,8 @@ class TransformerBlock(GradientCheckpointingLayer):
 class TransformerStack(nn.ModuleList):
     """Blocks one after the other (Vaswani et al. 2017, figure 1): an encoder, or with `is_causal` and
     `cross_attention` a decoder. Calling it passes its arguments to every block, but `asking` to the last one alone:
-    there the tokens that nobody reads serve as keys and values and need nothing more."""
+    there the tokens that nobody reads serve as keys and values, and are spared the other projections and the
+    feed-forward."""
 
     def __init__(self, config, num_layers: int, *, is_causal: bool = False, cross_attention: bool = False):
         super().__init__(

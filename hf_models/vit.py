@@ -246,13 +246,20 @@ class ZooViTModel(ZooViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        only_first: bool = False,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Args:
             pixel_values: (B, C, H, W), normalised as the image processor does. A model of grey images takes colour
                 too, (B, 3, H, W), as pipelines open every image.
             interpolate_pos_encoding: False refuses images of another size than `config.image_size`.
+            only_first: whether the first token's state is the only one that will be read: the last block gives no
+                others, (B, 1, D), and they are 0. Without effect where hidden states or attention maps are asked for.
+                The classifier of a class token sets it by itself.
 
         Returns:
             `last_hidden_state` (B, T, D), `pooler_output` (B, D).
@@ -262,7 +269,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
                 a backend that does not form them.
         """
         hidden_states, rotary = self.embed(pixel_values, interpolate_pos_encoding)
-        return self.encode(hidden_states, rotary, **kwargs)
+        return self.encode(hidden_states, rotary, only_first, **kwargs)
 
     def embed(self, pixel_values, interpolate_pos_encoding: bool | None = None, visible=None):
         """The tokens (B, T, D) that go into the first block, and the rotations for attention or None.
@@ -288,8 +295,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         return self.dropout(self.tokens(patches, self.positions.class_vector())), rotary
 
     def encode(self, hidden_states, rotary, only_first: bool = False, **kwargs) -> BaseModelOutputWithPooling:
-        """Blocks, norm and pooler. only_first: the last block's states of other tokens than the first are not read,
-        and are 0."""
+        """Blocks, norm and pooler; `only_first` as in `forward`."""
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
@@ -341,7 +347,8 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
                 `config.problem_type` is "single_label_classification".
             num_items_in_batch: what the summed loss is divided by; by default the number of images.
         """
-        outputs = self.vit(pixel_values, only_first=self.config.pooling == "class", **kwargs)
+        kwargs.setdefault("only_first", self.config.pooling == "class")
+        outputs = self.vit(pixel_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, self.config))  # (B, num_labels)
         loss = None
         if labels is not None:

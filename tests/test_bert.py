@@ -6,6 +6,7 @@ can be seen in a result, so here are the results of the plain way.
 
 import json
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,7 +250,7 @@ def test_the_last_block_computes_what_is_read_and_no_more(make_bert, backend, mo
     seen = []
     model.bert.layers[-1].feed_forward.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].shape))
     results = []
-    for options in ({}, {"read_places": None}):
+    for options in ({}, {"read_places": None, "only_first": False}):
         loss = model(**sentences, **asked, **options).loss
         loss.backward()
         results.append((loss, gradients(model)))
@@ -257,7 +258,47 @@ def test_the_last_block_computes_what_is_read_and_no_more(make_bert, backend, mo
     read = set() if model_class is ZooBertForMaskedLM else {0, 12, 24}  # of the 36 places
     if "masked_positions" in asked:
         read |= {12 * row + place for row, place in asked["labels"].ne(-100).nonzero().tolist()}
-    assert seen == [(1, len(read), 32), (1, 12 + 9 + 5, 32) if padded else (3, 12, 32)]
+    apart = model_class is ZooBertForSequenceClassification and not padded
+    assert seen == [(3, 1, 32) if apart else (1, len(read), 32), (1, 12 + 9 + 5, 32) if padded else (3, 12, 32)]
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu", "swiglu"])
+def test_what_is_computed_again_has_the_weights_of_the_first_time(make_bert, sentences, hidden_act):
+    """Those that `functional_call` puts in are gone by the backward pass."""
+    model, asked = make_bert(hidden_act=hidden_act).train(), labels_for(ZooBertForMaskedLM, sentences)
+    weights = {name: torch.randn_like(weight, requires_grad=True) for name, weight in model.named_parameters()}
+    loss = torch.func.functional_call(model, weights, kwargs={**sentences, **asked}).loss
+    actual = torch.autograd.grad(loss, weights.values())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    model(**sentences, **asked).loss.backward()
+    assert_close(dict(zip(weights, actual, strict=True)), gradients(model), **SAME)
+
+
+def test_each_row_may_have_an_adapter_of_its_own(make_bert, tokens):
+    model = make_bert(ZooBertForSequenceClassification)
+    settings = peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, settings, adapter_name="a")
+    model.add_adapter("b", settings)
+    model.eval()
+    mixed = model(input_ids=tokens, adapter_names=["a", "b", "a"]).logits
+    for row, name in enumerate("aba"):
+        model.set_adapter(name)
+        assert_close(mixed[row], model(input_ids=tokens).logits[row], **SAME)
+
+
+def test_an_adapter_of_what_is_computed_again_is_trained(make_bert, sentences, monkeypatch):
+    model, asked = make_bert().train(), labels_for(ZooBertForMaskedLM, sentences)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False))
+    results = []
+    for drops_padding in (True, False):
+        if not drops_padding:
+            monkeypatch.setattr(ZooBertModel, "find_packing", lambda *_: None)
+        loss = model(**sentences, **asked).loss
+        loss.backward()
+        results.append((loss, gradients(model)))
+    assert_close(*results, **SAME)
 
 
 def test_what_is_read_may_be_chosen_anew_by_the_evaluation(make_bert, sentences):
@@ -586,8 +627,9 @@ def test_one_row_of_positions_serves_the_whole_batch(make_bert, options, backend
 def test_flash_attention_refuses_packed_rows_that_it_would_mix_up(make_bert, flash_calls, sentences):
     packed = pack(sentences)
     packed = packed[0] if isinstance(packed, tuple) else packed
-    with pytest.raises(ValueError, match="sdpa"):
-        with_flash(make_bert())(**packed, output_hidden_states=True)
+    for model, options in ((make_bert(), {"output_hidden_states": True}), (make_bert(drop_path=0.1).train(), {})):
+        with pytest.raises(ValueError, match="output_hidden_states.*sdpa"):
+            with_flash(model)(**packed, **options)
 
 
 def test_a_traced_model_takes_other_shapes(make_bert, sentences):
