@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states):
         """(B, T, D) -> (B, T, D)."""
-        wide = [project(hidden_states) for project in (self.up_proj, self.gate_proj) if project is not None]
+        wide = [linear(hidden_states) for linear in (self.up_proj, self.gate_proj) if linear is not None]
         # What goes into the last projection is the widest tensor of a block.
         recompute = self.training and self.recomputes and not torch.compiler.is_compiling()
         return project(self.down_proj, self._activate, *wide, recompute=recompute)[0]
