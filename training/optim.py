@@ -199,7 +199,8 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
         X = X.mT  # the Gram matrix of the shorter side is the smaller one
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=epsilon)  # Frobenius norm 1, so no singular value above 1
     if X.dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
-        X = _polynomials(X @ X.mT, coefficients, num_iterations) @ X
+        for first in range(0, num_iterations, 3):  # beyond three in a row, rounding would grow in small singular values
+            X = _polynomials(X @ X.mT, coefficients, min(3, num_iterations - first)) @ X
     else:
         a, b, c = coefficients
         for _ in range(num_iterations):
@@ -210,7 +211,7 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
 
 def _polynomials(A: torch.Tensor, coefficients, num_iterations: int) -> torch.Tensor:
     """What the iterations multiply X by, from A = X X^T alone: each turns X into P X, P = a I + b A + c A^2, and so A
-    into P A P. Long matrices are then touched twice instead of twice an iteration. Small singular values need float32.
+    into P A P. Long matrices are then touched twice instead of twice an iteration.
     """
     a, b, c = coefficients
     product = None
