@@ -211,7 +211,7 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
 
 def _polynomials(A: torch.Tensor, coefficients, num_iterations: int) -> torch.Tensor:
     """What the iterations multiply X by, from A = X X^T alone: each turns X into P X, P = a I + b A + c A^2, and so A
-    into P A P. Long matrices are then touched twice instead of twice an iteration.
+    into P A P. Long matrices are then touched twice in all, not twice an iteration; in bfloat16 A is too coarse for it.
     """
     a, b, c = coefficients
     product = None
