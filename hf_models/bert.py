@@ -6,7 +6,7 @@ h_l = block(h_(l-1)),  l = 1..L,  each token seeing all others
 p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
 p(B follows A) = softmax(W_n tanh(W h_L[first token]))
 
-Little is computed that nobody asked for: a padded batch is packed before the first block (`layers.Packing`), the last
+Little is computed that nobody asked for: a padded batch is packed before the first block (`packing.Packing`), the last
 block gives the states that a head reads and no others, and in training the head runs on the masked places alone
 (`losses.scored_places`).
 
@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -34,8 +34,9 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
-from .layers import ACTIVATIONS, FirstToken, Packing, TransformerStack, is_plain_linear, make_norm
+from .layers import ACTIVATIONS, TransformerStack, is_plain_linear, make_norm
 from .losses import classification_loss, cross_entropy, linear_cross_entropy, marked_places, scored_places, states_at
+from .packing import find_asking, find_packing, same_sequence
 from .question_answering import answer_question
 
 
@@ -174,12 +175,12 @@ class ZooBertModel(ZooBertPreTrainedModel):
         is_packed = attention_mask is None and position_ids is not None
         drops_paths = self.training and self.config.drop_path > 0  # of whole sequences, so these stay apart
         is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
-        packing = self.find_packing(attention_mask, position_ids) if skip_padding and is_free else None
+        mask, has_borders = None, is_flash_attention_requested(self.config)
+        packing = find_packing(attention_mask, position_ids, has_borders) if skip_padding and is_free else None
         asking = None
         if not (wants_states or wants_maps):
-            asking = self.find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
+            asking = find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
 
-        mask, has_borders = None, is_flash_attention_requested(self.config)
         if packing is not None and has_borders:
             kwargs |= packing.borders()
         elif is_packed and has_borders:
@@ -215,36 +216,6 @@ class ZooBertModel(ZooBertPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pool(hidden_states[:, 0]),
         )
-
-    def find_packing(self, attention_mask, position_ids) -> Packing | None:
-        """How the batch can be computed without its padding, or None where it has none."""
-        if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
-            is_token = attention_mask.bool()
-            return Packing(is_token, is_token.sum(1))
-        if attention_mask is None and position_ids is not None and is_flash_attention_requested(self.config):
-            begins = position_ids == 0
-            begins[:, 0] = True
-            begins = begins.flatten().nonzero().squeeze(1)
-            ends = torch.cat((begins[1:], begins.new_tensor([position_ids.numel()])))
-            return Packing(torch.ones_like(position_ids), ends - begins)
-        return None
-
-    def find_asking(self, embeddings, packing, read_places, only_first: bool) -> Packing | FirstToken | None:
-        """Which tokens the last block is asked for, or None for all of them."""
-        if only_first and packing is None:
-            return FirstToken(embeddings.shape[1])
-        if only_first:
-            is_first = torch.arange(embeddings.shape[1], device=embeddings.device) == 0
-            read_places = is_first.expand(embeddings.shape[:2])
-        if read_places is None:
-            return None
-        return Packing(read_places if packing is None else packing.pack(read_places))
-
-
-def same_sequence(position_ids):
-    """For `create_bidirectional_mask`: whether two tokens of a row belong to one sequence, (B, T) positions in which
-    start again at 0."""
-    return packed_sequence_mask_function((position_ids == 0).cumsum(-1))
 
 
 class MaskedTokenHead(nn.Module):

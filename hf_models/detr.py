@@ -56,6 +56,7 @@ from .resnet import (
 
 if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
     from .losses import as_divisor  # noqa: F401
+    from .packing import FirstToken  # noqa: F401
     from .vit import ZooViTModel  # noqa: F401
 
 PROPOSED_SIZE = 3  # side of the box that a cell proposes at first, in cells

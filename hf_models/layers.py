@@ -6,7 +6,8 @@ Every model of this package composes these parts. The dimensions in shape commen
     D  hidden size    N  attention heads       H  size of one head
     K  key/value heads, N = K x groups         V  vocabulary
 
-`config` is any `TransformerConfig` (see `base.py`), which lists the fields that are read here.
+`config` is any `TransformerConfig` (see `base.py`), which lists the fields that are read here. `packing.py` has what
+chooses the tokens that blocks compute.
 """
 
 from functools import partial
@@ -65,51 +66,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
     return output.view(batch, num_heads, num_tokens, head_dim).transpose(1, 2), weights
 
 
-class Packing:
-    """Chosen tokens of a batch laid end to end: without its padding, so that only attention ever computes on that
-    (Warner et al. 2024, "ModernBERT", section 2.1.3), or those alone that the last block is asked for.
-
-    Args:
-        is_chosen: (B, T), true where there is a token and not padding, or where one is asked for.
-        lengths: (sequences,), the number of tokens of each sequence in that order, for `borders`.
-    """
-
-    def __init__(self, is_chosen, lengths=None):
-        self.batch_shape = is_chosen.shape
-        self.places = is_chosen.flatten().nonzero().squeeze(1)  # (M,), M tokens among the B T places
-        self.lengths = lengths
-
-    def pack(self, padded):
-        """(B, T, ...) -> (1, M, ...)."""
-        return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
-
-    def unpack(self, packed):
-        """(1, M, ...) -> (B, T, ...), zero where there is no token."""
-        padded = packed.new_zeros(self.batch_shape.numel(), *packed.shape[2:])
-        return padded.index_copy_(0, self.places.to(packed.device), packed[0]).unflatten(0, self.batch_shape)
-
-    def borders(self):
-        """What flash attention takes instead of padding and mask, by transformers' names for it."""
-        ends = F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = int(self.lengths.max())
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
-class FirstToken:
-    """The first of the T tokens of each sequence: chosen as by `Packing`, but apart for each sequence."""
-
-    def __init__(self, num_tokens: int):
-        self.num_tokens = num_tokens
-
-    def pack(self, states):
-        """(B, T, ...) -> (B, 1, ...)."""
-        return states[:, :1].contiguous()
-
-    def unpack(self, states):
-        """(B, 1, ...) -> (B, T, ...), zero behind the first token."""
-        return F.pad(states, (0, 0) * (states.ndim - 2) + (0, self.num_tokens - 1))
-
-
 class MultiHeadAttention(nn.Module):
     """Multi-head attention: every token asks N questions of every source token (Vaswani et al. 2017, section 3.2.2).
 
@@ -160,7 +116,7 @@ class MultiHeadAttention(nn.Module):
             query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
                 not before the value's (Carion et al. 2020, figure 10).
             past_key_values: a transformers cache, which gets this call's keys and values and gives back all.
-            packing: of `hidden_states` (1, M, D), which attend to each other in their padded places.
+            packing: the `Packing` of `hidden_states` (1, M, D), which attend to each other in their padded places.
             asking: the `Packing` or `FirstToken` of the tokens whose output is wanted; the others only answer.
 
         Returns:

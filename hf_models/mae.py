@@ -29,6 +29,7 @@ from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooV
 
 if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
     from .base import ZooPreTrainedModel  # noqa: F401
+    from .packing import FirstToken  # noqa: F401
 
 
 @strict

@@ -24,8 +24,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import FirstToken, TransformerStack, make_norm
+from .layers import TransformerStack, make_norm
 from .losses import classification_loss
+from .packing import FirstToken
 from .patches import (
     ClassAndRegisterTokens,
     PatchEmbedding,

@@ -224,7 +224,7 @@ def test_without_padding_is_as_with_it(make_bert, options, backend, sentences, m
     results = []
     for drops_padding in (True, False):
         if not drops_padding:
-            monkeypatch.setattr(ZooBertModel, "find_packing", lambda *_: None)
+            monkeypatch.setattr("hf_models.bert.find_packing", lambda *_: None)
         outputs = model(**sentences, labels=labels)
         outputs.loss.backward()
         results.append((outputs.loss, outputs.logits[sentences["attention_mask"].bool()], gradients(model)))
@@ -296,7 +296,7 @@ def test_an_adapter_of_what_is_computed_again_is_trained(make_bert, sentences, m
     results = []
     for drops_padding in (True, False):
         if not drops_padding:
-            monkeypatch.setattr(ZooBertModel, "find_packing", lambda *_: None)
+            monkeypatch.setattr("hf_models.bert.find_packing", lambda *_: None)
         loss = model(**sentences, **asked).loss
         loss.backward()
         results.append((loss, gradients(model)))

@@ -10,11 +10,9 @@ from hf_models.base import TransformerConfig
 from hf_models.layers import (
     DropPath,
     FeedForward,
-    FirstToken,
     LayerScale,
     LearnedPositions2D,
     MultiHeadAttention,
-    Packing,
     TransformerBlock,
     TransformerStack,
     apply_rotary,
@@ -25,6 +23,7 @@ from hf_models.layers import (
     sinusoidal_encoding,
     sinusoidal_encoding_2d,
 )
+from hf_models.packing import FirstToken, Packing
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # both sides in float64
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}  # angles are float32
