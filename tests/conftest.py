@@ -31,10 +31,12 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: a second thread would only be waited for."""
+def arithmetic():
+    """Of every test the same, whatever ran before it in this process: a training chooses the products that are fastest
+    on this CPU. Tiny matrices take one thread: a second one would only be waited for."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
     yield
     torch.set_num_threads(threads)
 
