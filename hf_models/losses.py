@@ -141,8 +141,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, dtype):
         num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # At most eight slices: each rereads the weight's gradient; at least 128 tokens, to keep the products efficient.
-        slice_size = max(1, num_tokens) if num_tokens * vocab_size <= 2**24 else max(128, -(-num_tokens // 8))
+        # A slice takes as many bytes in any type: a quarter of the tokens in float32, where each slice rereads the
+        # weight's gradient; half of them in bfloat16, where each converts it as well. Short ones make slow products.
+        slice_size = -(-max(1024, num_tokens) // dtype.itemsize)
+        if num_tokens * vocab_size <= 2**24:
+            slice_size = max(1, num_tokens)
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
@@ -151,26 +154,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             for start in range(0, num_tokens, slice_size):
                 part = slice(start, start + slice_size)
-                states, target = hidden_states[part].to(dtype), targets[part, None]
-                counts = target != ignore_index
-                target = target.where(counts, 0)
-                log_probabilities = F.log_softmax(F.linear(states, matrix, offset), dim=-1, dtype=torch.float32)
-                loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
-                if not any(ctx.needs_input_grad):
-                    continue
-                grad_logits = log_probabilities.exp_()  # softmax
-                grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                grad_logits = grad_logits.mul_(counts).to(dtype)
+                states = hidden_states[part].to(dtype)
+                logits = F.linear(states, matrix, offset)
+                loss += _score(logits, targets[part], ignore_index, with_gradient=any(ctx.needs_input_grad))
                 if needs_hidden:
-                    grad_hidden[part] = grad_logits @ matrix
+                    grad_hidden[part] = logits @ matrix
                 if needs_weight and grad_weight is None:
-                    grad_weight = (grad_logits.T @ states).to(weight.dtype)
+                    grad_weight = (logits.T @ states).to(weight.dtype)
                 elif needs_weight and dtype == weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, states)
+                    grad_weight.addmm_(logits.T, states)
                 elif needs_weight:
-                    grad_weight += grad_logits.T @ states
+                    grad_weight += logits.T @ states
                 if needs_bias:
-                    grad_bias += grad_logits.sum(0)
+                    grad_bias += logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, num_items)
         return loss / num_items
 
@@ -183,3 +179,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *gradients, num_items = ctx.saved_tensors
         gradients = [None if one is None else one.mul_(grad_loss / num_items) for one in gradients]
         return *gradients, None, None, None, None
+
+
+def _score(logits, targets, ignore_index, with_gradient: bool):
+    """The sum of -log softmax(logits)[target]. With `with_gradient` the logits (M, V) become its gradient, an eighth of
+    them at a time, since a logarithm takes float32."""
+    loss = 0.0
+    rows = max(32, -(-len(targets) // 8))
+    for scores, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        counts = target != ignore_index
+        target = target.where(counts, 0)
+        log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
+        loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
+        if with_gradient:
+            gradient = log_probabilities.exp_()  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            scores.copy_(gradient.mul_(counts))
+    return loss

@@ -40,8 +40,8 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(problem):
 
 
 def test_linear_cross_entropy_in_slices_is_the_same(problem):
-    """1,100 tokens of a vocabulary of 16,384 are more than one slice, and the last slice is a short one."""
-    hidden_states, weight, targets = problem(1100, 16384)
+    """1,101 tokens of a vocabulary of 16,384 are more than one slice, and the last slice is a short one."""
+    hidden_states, weight, targets = problem(1101, 16384)
     actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
     expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
     assert_close(actual, expected, rtol=1e-4, atol=1e-6)
