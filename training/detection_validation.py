@@ -39,6 +39,8 @@ class DetectionValidation:
     `processor` is the image processor that belongs to the model.
     """
 
+    latest: dict[str, Any] | None = None  # what `measure` found last, in this process
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -126,7 +128,8 @@ class DetectionValidation:
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
         """The average precision of each class, and the run's pictures, on the main process. results: what `measure`
         found of this model."""
-        latest = self.latest if self.latest["loss"] == results["eval_loss"] else self.results(model)
+        is_latest = self.latest is not None and self.latest["loss"] == results["eval_loss"]
+        latest = self.latest if is_latest else self.results(model)
         measured = dict(zip(self.label_names, latest["per_class_map"], strict=True))
         measured = {name: None if precision == -1 else precision for name, precision in measured.items()}
         whole = whole_copy(self.accelerator, model, ZooDetrForObjectDetection)

@@ -65,6 +65,8 @@ class ImageValidation:
 class ClassValidation(ImageValidation):
     """Loss and accuracies, and at the end those of each class."""
 
+    latest: dict[str, Any] | None = None  # what `measure` found last, in this process
+
     def measure(self, model) -> dict[str, Any]:
         self.latest = self.results(model)
         return {f"eval_{name}": self.latest[name] for name in ("loss", "accuracy", "top5_accuracy")}
@@ -87,7 +89,8 @@ class ClassValidation(ImageValidation):
 
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
         """Each class's accuracy, and the run's pictures. results: what `measure` found of this model."""
-        latest = self.latest if self.latest["loss"] == results["eval_loss"] else self.results(model)
+        is_latest = self.latest is not None and self.latest["loss"] == results["eval_loss"]
+        latest = self.latest if is_latest else self.results(model)
         measured = dict(zip(self.label_names, latest["per_class_accuracy"], strict=True))
         measured = {name: None if math.isnan(accuracy) else accuracy for name, accuracy in measured.items()}
         confusion = confusion_matrix(latest["confusion_matrix"], self.label_names)

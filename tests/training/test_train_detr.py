@@ -103,6 +103,14 @@ def test_the_last_printed_lines_load_the_result_and_find_objects(runs, name):
     assert len(lines) == 6 and all("'score'" in line and "'label'" in line and "'box'" in line for line in lines)
 
 
+def test_a_run_that_is_complete_says_again_what_its_best_weights_are_worth(shapes, tmp_path, monkeypatch):
+    for _ in range(2):
+        run(tmp_path, monkeypatch, data=shapes, eval_every=1, patience=3)
+        results = json.loads((tmp_path / "eval_results.json").read_text())
+        assert set(results["eval_per_class_map"]) == {"ellipse", "rectangle"}
+        (tmp_path / "eval_results.json").unlink()
+
+
 def test_a_run_goes_on_from_a_checkpoint_at_its_size_and_with_other_classes(runs):
     assert edges_of(str(runs.tuned)) == edges_of(str(runs.scratch)) == (32, 53)
     config = hf_models.ZooDetrConfig.from_pretrained(runs.tuned)

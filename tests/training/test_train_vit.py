@@ -166,6 +166,14 @@ def test_a_classifier_begins_from_a_masked_autoencoder_at_another_resolution(run
     assert normalisation_of(str(runs.classify), 1) == normalisation_of(str(runs.mae), 1)
 
 
+def test_a_run_that_is_complete_says_again_what_its_best_weights_are_worth(tmp_path, monkeypatch):
+    for _ in range(2):
+        run(tmp_path, monkeypatch, eval_every=1, patience=3)
+        results = json.loads((tmp_path / "eval_results.json").read_text())
+        assert len(results["eval_per_class_accuracy"]) == 10
+        (tmp_path / "eval_results.json").unlink()
+
+
 def test_the_encoder_of_an_autoencoder_is_where_training_begins(runs):
     device = torch.device("cpu")
     fresh = hf_models.ZooViTMAEForPreTraining.from_pretrained(runs.mae).vit.state_dict()
