@@ -149,7 +149,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
             attention_mask: (B, T), 1 for real tokens and 0 for padding; or a ready (B, 1, T, T) mask.
             skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
                 see the M real tokens of the batch as (1, M, D). Without effect where a compiler, hidden states asked
-                for, or drop path need tensors of fixed shape.
+                for, or drop path need tensors of fixed shape, and where padding on the left is what the pooler reads.
             read_places: (B, T), true where the last states will be read: the last block gives no others, and they are
                 0. It, and hooks on it, then see the R places that are read as (1, R, D). Without effect in the cases
                 of `skip_padding`, and where attention maps are asked for. The heads set it by themselves.
@@ -176,8 +176,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
         drops_paths = self.training and self.config.drop_path > 0  # of whole sequences, so these stay apart
         is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
         mask, has_borders = None, is_flash_attention_requested(self.config)
-        packing = find_packing(attention_mask, position_ids, has_borders) if skip_padding and is_free else None
-        asking = None
+        packing = asking = None
+        if skip_padding and is_free:
+            packing = find_packing(attention_mask, position_ids, has_borders, self.pooler is not None)
         if not (wants_states or wants_maps):
             asking = find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
 

@@ -53,15 +53,18 @@ class FirstToken:
         return F.pad(states, (0, 0) * (states.ndim - 2) + (0, self.num_tokens - 1))
 
 
-def find_packing(attention_mask, position_ids, has_borders: bool) -> Packing | None:
-    """How a batch can be computed without its padding, or None where it has none.
+def find_packing(attention_mask, position_ids, has_borders: bool, reads_first: bool) -> Packing | None:
+    """How a batch can be computed without its padding, or None where it has none that may be left out.
 
     Args:
         attention_mask: None, (B, T) with 0 for padding, or a ready mask, in which nothing is looked for.
         position_ids: None or (B, T); without a mask, they start again at 0 with every sequence of a row.
         has_borders: whether attention takes `Packing.borders`, so that such rows may be laid end to end too.
+        reads_first: whether the first state of every row is read, so that it may not be left out.
     """
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.all():
+        if reads_first and not attention_mask[:, 0].all():
+            return None
         is_token = attention_mask.bool()
         return Packing(is_token, is_token.sum(1))
     if attention_mask is None and position_ids is not None and has_borders:

@@ -341,6 +341,26 @@ def test_padding_may_be_on_the_left_or_between(make_bert, options, backend, toke
 
 
 @BACKENDS
+@pytest.mark.parametrize("model_class", [ZooBertModel, ZooBertForPreTraining, ZooBertForSequenceClassification])
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}], ids=str)
+def test_the_pooler_reads_a_padded_first_place_as_in_stock(make_bert, backend, model_class, asked, tokens):
+    """Padding on the left of a row: its state there depends on the text."""
+    model = make_bert(model_class, attn_implementation=backend)
+    stock = model.to_stock()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs["attention_mask"][0, :4], inputs["attention_mask"][1, :1] = 0, 0
+    labels = {} if model_class is ZooBertModel else labels_for(model_class, inputs)
+    labels = {name: label % 2 if "label" in name and label.ndim == 1 else label for name, label in labels.items()}
+    for given in ({}, labels):
+        ours = model(**inputs, **given, **asked)
+        theirs = stock(**inputs, **{name: label for name, label in given.items() if name != "masked_positions"})
+        for name in {"pooler_output", "seq_relationship_logits", "loss"} & theirs.keys():
+            assert_close(ours[name], theirs[name], **SAME)
+        if model_class is ZooBertForSequenceClassification:
+            assert_close(ours.logits, theirs.logits, **SAME)
+
+
+@BACKENDS
 def test_a_row_of_nothing_but_padding_harms_nobody(make_bert, backend, sentences):
     model = make_bert(attn_implementation=backend).train()
     sentences["attention_mask"][2] = 0
