@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import is_tracing
 
 from .layers import ACTIVATIONS, LayerScale, MultiHeadAttention, TransformerBlock, rotary_angles, sinusoidal_encoding
 
@@ -252,15 +253,25 @@ class ZooPreTrainedModel(PreTrainedModel):
             return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
         return embeddings + self.embed_positions(position_ids), None
 
-    def check_inputs(self, input_ids, inputs_embeds):
-        """Raises a `ValueError` unless exactly one of the two is there, with no more tokens than learned positions."""
+    def check_inputs(self, input_ids, inputs_embeds, position_ids=None):
+        """Raises a `ValueError` unless exactly one of the two is there, with no token behind the learned positions:
+        by `position_ids` where they are given (on an accelerator they are not looked at), or else by its place."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
-        if config.position_embedding_type == "learned" and num_tokens > config.max_position_embeddings:
+        if self.config.position_embedding_type != "learned":
+            return
+        num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        limit = self.config.max_position_embeddings
+        if position_ids is None and num_tokens > limit:
             raise ValueError(
-                f"{num_tokens} tokens, but max_position_embeddings is {config.max_position_embeddings}: "
+                f"{num_tokens} tokens, but max_position_embeddings is {limit}: "
                 "cut the input, or use a model with more positions"
+            )
+        can_look = position_ids is not None and position_ids.device.type == "cpu" and not is_tracing(position_ids)
+        if can_look and position_ids.numel() and (last := int(position_ids.max())) >= limit:
+            raise ValueError(
+                f"position_ids has {last}, but max_position_embeddings is {limit}: "
+                f"give positions from 0 to {limit - 1}, or use a model with more"
             )
 
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:

@@ -160,11 +160,11 @@ class ZooBertModel(ZooBertPreTrainedModel):
                 and the next begins: attention then stays within each.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a token behind the learned positions;
                 attention maps asked of a backend that does not form them; packed sequences that flash attention
                 would mix up.
         """
-        self.check_inputs(input_ids, inputs_embeds)
+        self.check_inputs(input_ids, inputs_embeds, position_ids)
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)

@@ -436,6 +436,17 @@ def test_a_packed_row_is_each_of_its_sequences_alone(make_bert, options, backend
             assert_close(outputs[name][row, place], one[name][0], **SAME)
 
 
+def test_a_packed_row_may_be_longer_than_its_positions(make_bert):
+    model = make_bert(max_position_embeddings=8)
+    tokens, position_ids = torch.randint(1, 64, (1, 12)), torch.arange(6).repeat(2)[None]
+    expected = torch.cat([model(part).logits for part in tokens.split(6, dim=1)], dim=1)
+    assert_close(model(tokens, position_ids=position_ids).logits, expected, **SAME)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(tokens, position_ids=position_ids).logits, expected, **SAME)
+    with pytest.raises(ValueError, match="position_ids has 8, but max_position_embeddings is 8: give positions .* 7"):
+        model(tokens, position_ids=position_ids + 3)
+
+
 def packed_for_pretraining(sentences):
     """Packed rows with everything that pre-training needs, and the same sequences padded, one a row."""
     packed, places = pack(sentences)
