@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_models import ZooBertConfig, ZooBertForQuestionAnswering
 from hf_models.question_answering import answer_question, best_answers, question_windows
+from training.documents import Corpus, Documents
+from training.tokenizer import make_tokenizer
 
 WORDS = [f"w{number}" for number in range(40)]
 CONTEXT = " ".join(WORDS)
@@ -111,12 +113,12 @@ def test_windows_that_cannot_be_are_refused(word_tokenizer, sizes, message):
 
 
 class Oracle(torch.nn.Module):
-    """Scores w30 as the answer, wherever it stands; the first token as far as `null` says."""
+    """Scores one token as the answer, wherever it stands; the first token as far as `null` says."""
 
     device = torch.device("cpu")
 
-    def __init__(self, tokenizer, null=0.0, **config):
-        self.wanted, self.null = tokenizer.convert_tokens_to_ids("w30"), null
+    def __init__(self, tokenizer, null=0.0, wanted="w30", **config):
+        self.wanted, self.null = tokenizer.convert_tokens_to_ids(wanted), null
         super().__init__()
         self.config = SimpleNamespace(max_position_embeddings=24, **config)
 
@@ -134,6 +136,14 @@ def test_an_answer_behind_the_first_window_is_found(word_tokenizer, batch_size):
     )
     assert len(answers) == 3 and answers[0].text == "w30"
     assert CONTEXT[answers[0].start : answers[0].end] == "w30"
+
+
+def test_an_answer_in_bytes_has_no_space_before_it():
+    texts = Documents.of(lambda: ["This is what Pepys wrote, and so Pepys said. " * 3])
+    tokenizer = make_tokenizer("bpe", Corpus(texts, texts, "diary", "diary"), 400, context_length=24, masked=True)
+    context = "so Pepys said"
+    answer = answer_question(Oracle(tokenizer, wanted="ĠPepys"), tokenizer, "who", context)[0]
+    assert (answer.text, answer.start, answer.end) == ("Pepys", 3, 8)
 
 
 def test_the_config_says_whether_there_may_be_no_answer(word_tokenizer):

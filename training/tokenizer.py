@@ -49,11 +49,14 @@ def make_tokenizer(
     else:
         backend = (_byte_pairs if kind == "bpe" else _word_pieces)(corpus, vocab_size, _added_tokens(masked))
     if masked:
-        backend.post_processor = processors.TemplateProcessing(
+        joined = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
+        # A token with the space before its word covers the word alone, so that an answer begins with a letter.
+        trimmed = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+        backend.post_processor = processors.Sequence([trimmed, joined]) if kind == "bpe" else joined
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **special,

@@ -10,6 +10,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForTokenClassification,
     DataCollatorForLanguageModeling,
     GPT2Config,
     GPT2LMHeadModel,
@@ -108,9 +109,37 @@ def test_a_masking_tokenizer_serves_the_fill_mask_pipeline_and_the_collator(stor
     assert scored.any() and (batch["labels"][scored] > 4).all() and "token_type_ids" in batch
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_an_entity_begins_at_its_first_letter(story, kind):
+    tokenizer = make_tokenizer(kind, story, vocab_size=400, context_length=64, masked=True)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForTokenClassification(BertConfig(vocab_size=len(tokenizer), **sizes, num_labels=1))
+    (entity,) = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")(" odd")
+    assert (entity["start"], entity["end"]) == (1, 4)
+
+
 def test_a_mask_takes_the_space_before_a_word_along(story):
     tokenizer = make_tokenizer("bpe", story, vocab_size=400, context_length=64, masked=True)
     assert tokenizer("First [MASK]")["input_ids"] == tokenizer("First[MASK]")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_word_begins_at_its_first_letter(story, kind):
+    tokenizer = make_tokenizer(kind, story, vocab_size=400, context_length=64, masked=True)
+    text = "first odd  line"
+    for encoding in (tokenizer(text, return_offsets_mapping=True), tokenizer("odd", text, return_offsets_mapping=True)):
+        of_text = encoding.sequence_ids().count(1) and 1
+        places = [place for place, part in enumerate(encoding.sequence_ids()) if part == of_text]
+        spans = [encoding["offset_mapping"][place] for place in places]
+        assert {0, 6, 11} <= {start for start, end in spans if end > start}
+        assert kind == "char" or all(" " not in text[start:end] for start, end in spans)
+
+
+def test_the_tokens_of_bytes_are_those_of_bytes_between_the_special_ones(story):
+    tokenizer = make_tokenizer("bpe", story, vocab_size=400, context_length=64, masked=True)
+    plain = tokenizer(STORY, add_special_tokens=False)["input_ids"]
+    assert plain == next(encode_documents(tokenizer, [STORY]))[:-1].tolist()
+    assert tokenizer(STORY)["input_ids"] == [2, *plain, 3] and tokenizer.decode(plain) == STORY
 
 
 def test_the_same_text_gives_the_same_vocabulary(lines, tmp_path):
