@@ -12,6 +12,7 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
@@ -63,7 +64,7 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
             al. 2020, appendix A.4); or `rotary` in two dimensions (Heo et al. 2024) with base `rope_theta`.
         position_grid: rows and columns of patches that positions other than `learned` count; another grid is laid over
             it. Default: those of `image_size`. It stays as it was when a checkpoint is loaded with another
-            `image_size`, for which `learned` positions are interpolated once and for all.
+            `image_size`, for which `learned` positions are interpolated once and for all, and saved as such.
         stem_channels: widths of a convolutional stem in front of the patches, from fine to coarse, each at half the
             resolution of the one before (section 3.1, "Hybrid architecture"); [] for none.
         out_features, out_indices: of a backbone: the blocks whose output is wanted, "stage1" being the first.
@@ -109,17 +110,12 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
                 config_dict.pop("auto_map", None)
             for name in [name for name in config_dict if name.startswith(("decoder_", "mask_ratio", "norm_pix_loss"))]:
                 del config_dict[name]
-        if not config_dict.get("position_grid"):  # before `image_size` may be overridden
-            size, patch = (config_dict.get(name, getattr(cls, name)) for name in ("image_size", "patch_size"))
-            config_dict["position_grid"] = grid_of(size, patch)
-        size, given = config_dict.get("image_size"), kwargs.get("image_size")
-        is_learned = config_dict.get("position_embedding_type", "learned") == "learned"
-        if is_learned and isinstance(size, list) and size[0] != size[-1] and given not in (None, size, tuple(size)):
-            raise ValueError(
-                f"image_size {given}: learned positions for images of {size} are interpolated as they run, not when "
-                "loaded; leave image_size unchanged"
-            )
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        size, patch = (config_dict.get(name, getattr(cls, name)) for name in ("image_size", "patch_size"))
+        return super().from_dict({"position_grid": grid_of(size, patch), **config_dict}, **kwargs)  # before overrides
 
     def __post_init__(self, **kwargs):
         for option, only in {"pooler_act": "tanh", "pooler_output_size": self.hidden_size}.items():
@@ -139,6 +135,12 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         super().__post_init__(**kwargs)
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    def to_dict(self):
+        output = super().to_dict()
+        if self.position_embedding_type == "learned":  # the grid that the saved ones are made for
+            output["position_grid"] = list(self.grid_size)
+        return output
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -166,6 +168,8 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
                 f"patch_size {self.patch_size} is not a multiple of the {2 ** len(self.stem_channels)} pixels that "
                 f"stem_channels {self.stem_channels} make one"
             )
+        if len(self.position_grid) != 2 or min(self.position_grid) < 1:
+            raise ValueError(f"position_grid {self.position_grid} has to be two numbers, of rows and of columns")
         if self.num_register_tokens < 0 or min([self.num_channels, *self.stem_channels]) < 1:
             raise ValueError("num_register_tokens must be at least 0, num_channels and stem_channels at least 1")
         needs = {"learned_2d": ("hidden_size", 2), "sinusoidal": ("hidden_size", 4), "rotary": ("head_dim", 4)}
@@ -259,8 +263,8 @@ class ZooViTModel(ZooViTPreTrainedModel):
                 too, (B, 3, H, W), as pipelines open every image.
             interpolate_pos_encoding: False refuses images of another size than `config.image_size`.
             only_first: whether the first token's state is the only one that will be read: the last block gives no
-                others, (B, 1, D), and they are 0. Without effect where hidden states or attention maps are asked for.
-                The classifier of a class token sets it by itself.
+                others, (B, 1, D), and they are 0. Without effect where hidden states or attention maps are asked for,
+                or a pooler reads more. The classifier of a class token sets it by itself.
 
         Returns:
             `last_hidden_state` (B, T, D), `pooler_output` (B, D).
@@ -300,7 +304,8 @@ class ZooViTModel(ZooViTPreTrainedModel):
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        first = FirstToken(hidden_states.shape[1]) if only_first and not (wants_maps or wants_states) else None
+        reads_others = wants_maps or wants_states or (self.pooler is not None and self.config.pooling != "class")
+        first = FirstToken(hidden_states.shape[1]) if only_first and not reads_others else None
         hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, asking=first, **kwargs))
         if first is not None:
             hidden_states = first.unpack(hidden_states)
@@ -348,7 +353,7 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
                 `config.problem_type` is "single_label_classification".
             num_items_in_batch: what the summed loss is divided by; by default the number of images.
         """
-        kwargs.setdefault("only_first", self.config.pooling == "class")
+        kwargs["only_first"] = self.config.pooling == "class" and kwargs.get("only_first", True)
         outputs = self.vit(pixel_values, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, self.config))  # (B, num_labels)
         loss = None
@@ -367,6 +372,7 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
     def __init__(self, config: ZooViTConfig):
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.stride = config.patch_size  # pixels from one cell of a feature map to the next
         self.vit = ZooViTModel(config, add_pooling_layer=False)
         self.post_init()
 
@@ -374,11 +380,15 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> BackboneOutput:
         """
         Args:
-            pixel_values: (B, C, H, W).
+            pixel_values: (B, C, H, W), of any size: below and to the right, cells that stick out see zeros.
 
         Returns:
-            `feature_maps`, one (B, D, H / p, W / p) for each of `config.out_features`, normalised by the last norm.
+            `feature_maps`, one (B, D, H / p, W / p), rounded up, for each of `config.out_features`, normalised by the
+            last norm.
         """
+        check_channels(pixel_values, self.config.num_channels)
+        bottom, right = (-side % self.stride for side in pixel_values.shape[2:])
+        pixel_values = F.pad(pixel_values, (0, right, 0, bottom))
         outputs = self.vit(pixel_values, output_hidden_states=True, **kwargs)
         height, width = self.patch_grid(pixel_values)
         maps = []
@@ -398,18 +408,22 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
 
 
 class ResizePositions(ConversionOps):
-    """Learned positions of a checkpoint, interpolated where `image_size` asks for another grid."""
+    """Learned positions of a checkpoint, interpolated where `image_size` asks for another grid; without the class
+    token's where `pooling` does, or with 0 for a class token that is new."""
 
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (found,) = input_dict.values()
         weight = found[0] if isinstance(found, list) else found
         config = getattr(config, "backbone_config", None) or config  # of a detector, its ViT's
-        grid, num_prefix = config.grid_size, int(config.pooling != "mean")
-        num_old = weight.shape[1] - num_prefix
-        if num_old != grid[0] * grid[1]:
-            side = math.isqrt(num_old)  # `get_config_dict` has refused others
-            patches = resize_positions(weight[:, num_prefix:], (side, side), grid)
-            weight = torch.cat((weight[:, :num_prefix], patches), dim=1)
+        old = tuple(config.position_grid)
+        of_class, patches = weight.tensor_split([weight.shape[1] - math.prod(old)], dim=1)
+        if of_class.shape[1] > 1 or patches.shape[1] < math.prod(old):
+            raise ValueError(f"{target_patterns[0]} has {weight.shape[1]} positions, which position_grid {old} is not")
+        if config.pooling == "mean":
+            of_class = of_class[:, :0]
+        elif not of_class.shape[1]:
+            of_class = torch.zeros_like(patches[:, :1])
+        weight = torch.cat((of_class, resize_positions(patches, old, config.grid_size)), dim=1)
         return {target_patterns[0]: weight}
 
     @property

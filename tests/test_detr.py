@@ -224,6 +224,7 @@ BACKBONES = {
 def test_any_backbone_of_transformers_or_our_vit_serves(backbone, tmp_path):
     model, (pixels, mask, labels) = tiny(backbone_config=backbone), batch()
     assert model(pixels, mask, labels=labels).loss.isfinite()
+    assert model(pixels[..., 3:, 1:]).logits.isfinite().all()  # of any size
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path)

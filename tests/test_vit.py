@@ -13,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import (
     AutoBackbone,
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     ViTImageProcessor,
@@ -59,6 +60,7 @@ def test_the_defaults_are_vit_base():
         ({"stem_channels": [8, 8, 8]}, "patch_size 4 .*stem_channels"),
         ({"stem_channels": [0]}, "stem_channels"),
         ({"num_register_tokens": -1}, "num_register_tokens"),
+        ({"position_grid": [4]}, "position_grid"),
         ({"position_embedding_type": "learned_2d", "hidden_size": 33, "head_dim": 8}, "learned_2d.*hidden_size"),
         ({"position_embedding_type": "rotary", "head_dim": 6}, "rotary.*head_dim"),
         ({"pooling": "max"}, "pooling"),
@@ -225,7 +227,7 @@ def test_other_sizes_can_be_forbidden(make_vit):
     assert torch.equal(model(images, interpolate_pos_encoding=False).logits, model(images).logits)
 
 
-@pytest.mark.parametrize("image_size", [24, [8, 24]], ids=str)
+@pytest.mark.parametrize("image_size", [24, [8, 24], [8, 32]], ids=str)
 def test_a_checkpoint_opens_at_another_image_size(make_vit, options, image_size, tmp_path):
     """It computes what the old model does on images of that size, and is saved as a checkpoint of its own."""
     model = make_vit(**options)
@@ -240,6 +242,9 @@ def test_a_checkpoint_opens_at_another_image_size(make_vit, options, image_size,
     assert not any(report.values()), report
     assert torch.equal(again(images).logits, larger(images).logits)
     assert again.config.image_size == image_size
+    smaller = ZooViTForImageClassification.from_pretrained(tmp_path / "new", image_size=16)
+    images = torch.randn(2, 3, 16, 16)
+    assert_close(smaller(images).logits, larger(images).logits, **SAME)
 
 
 def test_an_image_size_at_load_time_has_to_fit(make_vit, tmp_path):
@@ -248,13 +253,44 @@ def test_an_image_size_at_load_time_has_to_fit(make_vit, tmp_path):
         ZooViTForImageClassification.from_pretrained(tmp_path, image_size=18)
 
 
-def test_learned_positions_of_an_oblong_are_not_interpolated_at_load_time(make_vit, tmp_path):
-    make_vit(image_size=[8, 24]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="leave image_size unchanged"):
-        ZooViTForImageClassification.from_pretrained(tmp_path, image_size=16)
+@pytest.mark.parametrize("image_size", [16, [16, 8]], ids=str)
+def test_a_checkpoint_for_oblong_images_opens_at_another_size_by_every_door(make_vit, image_size, tmp_path):
+    """2 x 8 positions, as many as 4 x 4 would be."""
+    model = make_vit(image_size=[8, 32])
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, image_size=image_size)
+    images = torch.randn(2, 3, *config.grid_size).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for other in (
+        ZooViTForImageClassification.from_pretrained(tmp_path, image_size=image_size),
+        AutoModelForImageClassification.from_pretrained(tmp_path, image_size=image_size),
+        ZooViTForImageClassification.from_pretrained(tmp_path, config=config),
+    ):
+        assert_close(other(images).logits, model(images).logits, **SAME)
+
+
+def test_a_checkpoint_opens_with_another_pooling(make_vit, images, tmp_path):
+    """As an autoencoder with a class token is fine-tuned by the mean of its patches (He et al. 2022, appendix A.1)."""
+    model = make_vit(ZooViTModel, pooling="class")
+    model.save_pretrained(tmp_path / "class")
+    mean = ZooViTModel.from_pretrained(tmp_path / "class", pooling="mean")
+    assert torch.equal(mean.embed(images)[0], model.embed(images)[0][:, 1:])
+    mean.save_pretrained(tmp_path / "mean")
+    again, report = ZooViTModel.from_pretrained(tmp_path / "mean", pooling="class", output_loading_info=True)
+    assert report["missing_keys"] == {"tokens.cls"} and not report["mismatched_keys"]
+    assert torch.equal(again.embed(images)[0][:, 1:], mean.embed(images)[0])
+    assert not again.positions.class_vector().any()
 
 
 # ----------------------------------------------------------------------------------------------- pooling, classifier
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean", "both"])
+@pytest.mark.parametrize("model_class", [ZooViTModel, ZooViTForImageClassification])
+def test_only_the_first_token_is_computed_only_where_nobody_reads_others(make_vit, images, model_class, pooling):
+    model = make_vit(model_class, pooling=pooling)
+    answer, expected = model(images, only_first=True), model(images, only_first=False)
+    name = "pooler_output" if model_class is ZooViTModel else "logits"
+    assert_close(answer[name], expected[name], **SAME)
 
 
 def test_pooling_is_the_class_token_or_the_mean_of_the_patches_or_both(make_vit, images):
@@ -349,6 +385,13 @@ def test_what_a_config_gives_out_is_saved(tmp_path):
     ZooViTConfig(num_hidden_layers=4, out_features=["stage1", "stage3"]).save_pretrained(tmp_path)
     assert ZooViTConfig.from_pretrained(tmp_path).out_features == ["stage1", "stage3"]
     assert ZooViTConfig.from_pretrained(tmp_path, out_features=["stage2"]).out_indices == [2]
+
+
+def test_a_backbone_takes_images_that_do_not_divide_into_patches(make_vit):
+    backbone, images = make_vit(ZooViTBackbone), torch.randn(2, 3, 13, 18)
+    (found,) = backbone(images).feature_maps
+    assert found.shape == (2, 32, 4, 5) and backbone.stride == 4
+    assert torch.equal(found, backbone(F.pad(images, (0, 2, 0, 3))).feature_maps[0])
 
 
 def test_a_backbone_is_trained_through_its_maps(make_vit, images):

@@ -210,7 +210,8 @@ def edges_of(name: str) -> tuple[int | None, int | None] | None:
 
 def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> BaseImageProcessor:
     """What a pipeline prepares images with as the evaluation does: the shorter side resized to fit, the middle cut
-    out, every channel normalised."""
+    out, every channel normalised. Where `size` is no square, no stock processor can cut: images of another shape are
+    stretched, so give a pipeline such as have it."""
     height, width = size
     frame = {"height": height, "width": width}
     is_square, is_grey = height == width, len(mean) == 1
