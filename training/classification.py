@@ -13,7 +13,6 @@ import math
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,7 +172,10 @@ class TextTask(Task):
         return "text-pair-classification" if self.columns.pair else "text-classification"
 
     def name_labels(self, train, given):
-        self.name_classes(train, train.column(self.columns.label, "label_column"), given)
+        labels = enumerate(train.column(self.columns.label, "label_column"))
+        self.name_classes(
+            train, (as_label(label, self.columns.label, train.where(row)) for row, label in labels), given
+        )
 
     def label(self, value, where: str) -> str | float:
         return self.class_name(value, where)
@@ -272,7 +274,9 @@ class TaggingTask(Task):
     monitor = "eval_f1"
 
     def name_labels(self, train, given):
-        self.name_classes(train, chain(*list_column(train, self.columns.label, "label_column")), given)
+        column = self.columns.label
+        rows = enumerate(list_column(train, column, "label_column"))
+        self.name_classes(train, (as_label(tag, column, train.where(row)) for row, tags in rows for tag in tags), given)
 
     def examples(self, table, split="training"):
         all_words = list_column(table, self.columns.text, "text_column")
@@ -363,6 +367,12 @@ def as_text(value, column: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {column!r} is not valid Unicode ({error}); repair it") from error
     return value or ""
+
+
+def as_label(value, column: str, where: str) -> str | float | None:
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {column!r} must hold single labels, a text or a number each, not {value!r}")
+    return value
 
 
 def _spell(label) -> str | None:
