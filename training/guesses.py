@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from training.masking import document_borders, sentence_ends
+from training.masking import document_borders, later_pieces, sentence_ends
 from training.text import IGNORED_LABEL
 from training.tokenizer import separator_id
 
@@ -76,16 +76,19 @@ def _parts(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast, size: int) ->
 
 
 def _sentences(tokens, tokenizer, row_length: int, count: int) -> list[tuple[Tensor, list[int]]]:
-    """Sentences of middling length, spread over the text, each with the places of its words; none is without."""
+    """Sentences of middling length, spread over the text, each with the places of its whole words; none is without."""
     tokens, separator = np.asarray(tokens[: 2**20]), separator_id(tokenizer)
     ends = np.flatnonzero(sentence_ends(tokenizer)[tokens] | (tokens == separator)) + 1
+    later = later_pieces(tokens, tokenizer)
+    texts = tokenizer.backend_tokenizer.decode_batch([[token] for token in range(int(tokens.max()) + 1)])
+    is_long = np.array([sum(map(str.isalpha, text)) >= 4 for text in texts])
+    is_word = is_long[tokens] & ~later & ~np.append(later[1:], False)
     found = []
     for begin, end in pairwise([0, *ends.tolist()]):
         end -= tokens[end - 1] == separator
         if 8 <= end - begin <= min(24, row_length - 2):  # with [CLS] and [SEP] it has to fit into a row
             sentence = torch.from_numpy(tokens[begin:end].astype(np.int64))
-            words = tokenizer.convert_ids_to_tokens(sentence.tolist())
-            places = [place for place, word in enumerate(words) if sum(map(str.isalpha, word)) >= 4]
+            places = np.flatnonzero(is_word[begin:end]).tolist()
             if places:
                 found.append((sentence, places))
     return found[:: max(1, len(found) // count)][:count]

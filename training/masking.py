@@ -229,10 +229,7 @@ class MaskedRows:
             order = np.argsort(order, axis=1)
             chosen = places < budget
         else:
-            goes_on = vocabulary.goes_on[input_ids] & is_ordinary
-            goes_on[:, 1:] &= vocabulary.may_go_on[input_ids[:, :-1]] & is_ordinary[:, :-1]
-            goes_on[:, 0] = False
-            word_start = np.maximum.accumulate(np.where(goes_on, 0, places), axis=1)
+            word_start = np.maximum.accumulate(np.where(vocabulary.later_pieces(input_ids), 0, places), axis=1)
             order = np.argsort(np.take_along_axis(order, word_start, axis=1), axis=1, kind="stable")
             # In this order the pieces of a word stay side by side: a word fits if its last one does.
             word = np.take_along_axis(word_start, order, axis=1)
@@ -291,6 +288,11 @@ def sentence_ends(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return _vocabulary(tokenizer).ends_sentence
 
 
+def later_pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """For each of the tokens (..., T) whether it goes on with the word of the one before it, (..., T)."""
+    return _vocabulary(tokenizer).later_pieces(ids)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """An epoch: its documents, or parts of them, in order."""
@@ -315,6 +317,13 @@ class _Vocabulary:
     ends_sentence: np.ndarray
     goes_on: np.ndarray  # may be a later piece of a word
     may_go_on: np.ndarray  # may have a later piece behind it
+
+    def later_pieces(self, ids: np.ndarray) -> np.ndarray:
+        is_ordinary = self.is_ordinary[ids]
+        later = self.goes_on[ids] & is_ordinary
+        later[..., 1:] &= self.may_go_on[ids[..., :-1]] & is_ordinary[..., :-1]
+        later[..., :1] = False
+        return later
 
 
 @functools.lru_cache(maxsize=2)  # a stream asks for each of its shards

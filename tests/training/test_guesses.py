@@ -6,8 +6,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.training.corpora import write_jsonl
+from training.documents import read_documents
 from training.guesses import guess_words, pseudo_perplexity
-from training.tokenizer import BERT_TOKENS, separator_id
+from training.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer, separator_id
 
 UNK, CLS, SEP, MASK, END, STOP = 1, 2, 3, 4, 5, 6
 WORD = 7  # and above
@@ -78,6 +80,20 @@ def test_a_sentence_to_guess_in_fits_into_a_row_and_is_of_one_document(row_lengt
     found = {len(row) - 2 for row, _ in model.rows}
     assert found == set(range(8, min(24, row_length - 2) + 1))
     assert all(SEP not in row[1:-1] and row[-2] == STOP for row, _ in model.rows)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_what_is_to_be_guessed_is_a_word_and_not_a_piece_of_one(kind, tmp_path):
+    lines = [f"They read the text and they read the text number {n}." for n in range(99)]
+    lines.append("able to label all, a dual ball")
+    corpus = read_documents(write_jsonl(tmp_path / "lines.jsonl", lines))
+    tokenizer = make_tokenizer(kind, corpus, 300 if kind == "bpe" else 90, context_length=64, masked=True)
+    assert tokenizer.tokenize(" readable")[0] in ("read", "Ġread") and len(tokenizer.tokenize(" read text")) == 2
+    tokens = next(encode_documents(tokenizer, ["the readable textual and the readable text."]))
+    model = Recorder()
+    model.scores = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    masked, guesses = guess_words(model, tokenizer, tokens, 64).splitlines()
+    assert masked.count("readable") == 2 and "textual" in masked and guesses.endswith("  (text)")
 
 
 def test_a_text_without_sentences_has_no_guesses():
