@@ -80,15 +80,16 @@ class MaskedRows:
 
         # Documents lie end to end, each with places for its special tokens. A row covers `span` places of these, and
         # the places it has besides are for the special tokens of a document that it cuts.
-        self.num_special = 3 if next_sentence else 2
+        self.num_special = 3 if next_sentence else 2  # at most
         self.span = row_length - self.num_special
         num_tokens, num_documents = int(self.lengths.sum()), len(self.lengths)
-        num_places = num_tokens + self.num_special * num_documents
+        num_places = num_tokens + int(self._num_special(self.lengths).sum())
         self.num_cuts = 0
         if shuffle:
             self.num_cuts = min(num_tokens - num_documents, max(1, round(short_probability * num_places / self.span)))
-        # The special tokens behind the last token need no row.
-        self.num_rows = -(-(num_places + self.num_special * (self.num_cuts - 1)) // self.span)
+        # The special tokens behind the last token, which is before a cut if there is one, need no row.
+        num_behind = self.num_special if self.num_cuts else int(self._num_special(self.lengths[-1]))
+        self.num_rows = -(-(num_places + self.num_special * self.num_cuts - num_behind) // self.span)
         self.max_masked = max(1, _rounded(mask_probability * self.span))  # M
         self.max_pairs = row_length // (MIN_PAIR + 3)  # S
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
@@ -142,6 +143,10 @@ class MaskedRows:
         batch |= self._mask(input_ids.reshape(count, size), draws[:3])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    def _num_special(self, length):
+        """Special tokens of a document: one that is too short to be parted has no second [SEP]."""
+        return np.where(length < MIN_PAIR, 2, self.num_special)
+
     def _generator(self, number: int, purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([*self.seed, number, purpose]))
 
@@ -164,10 +169,16 @@ class MaskedRows:
         position = np.searchsorted(ends, starts, side="right")
         document = order[position]
         begin = self.begins[document] + starts - begins[position]
+        # Whatever its length a part before a cut gets as many, so that all epochs have the same number of places.
+        is_cut = starts + length < ends[position]
+        num_special = np.where(is_cut, self.num_special, self._num_special(self.lengths[document]))
         if len(cuts):
             first = np.searchsorted(starts, cuts[0])
-            begin, length, document = (np.roll(array, -first) for array in (begin, length, document))
-        return _Layout(begin, length, document, np.cumsum(length + self.num_special) - length - self.num_special, rows)
+            begin, length, document, num_special = (
+                np.roll(array, -first) for array in (begin, length, document, num_special)
+            )
+        extent = length + num_special
+        return _Layout(begin, length, document, np.cumsum(extent) - extent, rows)
 
     def _sequences(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What row `number` holds: for each sequence its first token, its number of tokens, its document."""

@@ -96,6 +96,22 @@ def test_less_than_two_hundredths_of_the_places_are_padding(tokenizer, next_sent
         assert (epoch(rows, number)["input_ids"] != PAD).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("next_sentence", [False, True])
+@pytest.mark.parametrize("lengths", [[4] * 3000, [MIN_PAIR - 1] * 2000, VARIED // 30 + 1], ids=["4", "7", "varied"])
+def test_short_documents_fill_the_rows_almost_as_well(tokenizer, lengths, next_sentence):
+    rows = MaskedRows(numbered(*lengths), tokenizer, 128, 0, next_sentence=next_sentence)
+    for number in range(3):
+        assert (epoch(rows, number)["input_ids"] != PAD).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("row_length", [16, 37])
+def test_no_row_is_empty_however_short_the_documents(tokenizer, row_length):
+    for lengths in (VARIED // 30 + 1, [MIN_PAIR - 1] * 60, [1] * 100 + [2], [MIN_PAIR] * 60, [1] * 60):
+        rows = MaskedRows(numbered(*lengths), tokenizer, row_length, 0, next_sentence=True, short_probability=1.0)
+        for number in range(10):
+            assert (epoch(rows, number)["labels"] != -100).any(1).all()
+
+
 @pytest.mark.parametrize("row_length", [16, 100])
 def test_a_sequence_is_a_part_of_one_document_between_special_tokens(tokenizer, row_length):
     documents = np.split(TEXT, np.flatnonzero(TEXT == SEP) + 1)
