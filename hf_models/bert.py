@@ -524,10 +524,17 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
                 behind the row's end is not scored, and a negative one counts as 0.
             num_items_in_batch: what the loss, half of it for each end, is divided by; by default the number of
                 answers.
+
+        Returns:
+            `start_logits` and `end_logits` (B, T). With `skip_padding`, by default wherever there are no labels, they
+            are the least number of their type where there is padding, so that no answer begins or ends there.
         """
         kwargs.setdefault("skip_padding", start_positions is None)  # stock's loss chooses among all places, padding too
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
+        if kwargs["skip_padding"] and attention_mask is not None and attention_mask.ndim == 2:
+            is_padding = (attention_mask == 0)[..., None].to(logits.device)
+            logits = logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -630,6 +630,23 @@ def test_a_class_that_is_none_is_refused(make_bert, model_class, tokens):
         make_bert(model_class, num_labels=3)(tokens, labels=labels)
 
 
+@BACKENDS
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}], ids=str)
+def test_no_answer_is_in_the_padding(make_bert, backend, asked, sentences):
+    model = make_bert(ZooBertForQuestionAnswering, attn_implementation=backend)
+    real, labels = sentences["attention_mask"].bool(), labels_for(ZooBertForQuestionAnswering, sentences)
+    with torch.no_grad():
+        model.qa_outputs.bias -= 100  # below what a state of zeros would score
+        outputs, stock = model(**sentences, **asked), model.to_stock()(**sentences, **labels)
+        trained = model(**sentences, **labels, **asked)
+    assert_close(trained.loss, stock.loss, **SAME)
+    for name in ("start_logits", "end_logits"):
+        assert real.gather(1, outputs[name].argmax(1, keepdim=True)).all()
+        assert (outputs[name][~real] == torch.finfo(torch.float32).min).all()
+        assert_close(outputs[name][real], stock[name][real], rtol=1e-5, atol=1e-4)
+        assert_close(trained[name], stock[name], rtol=1e-5, atol=1e-4)
+
+
 def test_an_answer_outside_the_row_is_not_scored(make_bert, tokens):
     model = make_bert(ZooBertForQuestionAnswering)
     inside = model(tokens[:2], start_positions=torch.tensor([1, 0]), end_positions=torch.tensor([5, 0])).loss
