@@ -43,15 +43,16 @@ def answer_question(
     Args:
         model: a question-answering model, with `start_logits` and `end_logits` in its output.
         num_answers: how many to give, if there are so many.
-        max_tokens: length of a window, question included. Default: 384 (as in the paper), or the model's positions
-            if it has fewer.
+        max_tokens: length of a window, question included. Default: the tokenizer's `model_max_length`, which after
+            fine-tuning is the length that was evaluated, or the model's positions if it has fewer.
         stride: tokens that two windows share. Default: a third of `max_tokens`.
         max_answer_tokens: longest answer.
         null_threshold: how far "no answer" has to score above the best span to be preferred; infinity asks for a span
             in any case. Default: the config's `null_threshold`; where it has none every question has an answer.
         batch_size: windows of one forward pass.
     """
-    max_tokens = max_tokens or min(384, model.config.max_position_embeddings)
+    if max_tokens is None:
+        max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     if null_threshold is None:
         null_threshold = getattr(model.config, "null_threshold", None)
     stride = max_tokens // 3 if stride is None else stride

@@ -138,6 +138,21 @@ def test_an_answer_behind_the_first_window_is_found(word_tokenizer, batch_size):
     assert CONTEXT[answers[0].start : answers[0].end] == "w30"
 
 
+@pytest.mark.parametrize("length, positions, expected", [(28, 36, 28), (40, 36, 36), (None, 30, 30)])
+def test_a_window_is_as_long_as_the_tokenizer_and_the_model_say(
+    word_tokenizer, monkeypatch, length, positions, expected
+):
+    if length is not None:
+        monkeypatch.setattr(word_tokenizer, "model_max_length", length)
+    model, seen = Oracle(word_tokenizer), []
+    model.config.max_position_embeddings = positions
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    answer_question(model, word_tokenizer, "who", CONTEXT)
+    assert [size for _, size in seen] == [expected]
+
+
 def test_an_answer_in_bytes_has_no_space_before_it():
     texts = Documents.of(lambda: ["This is what Pepys wrote, and so Pepys said. " * 3])
     tokenizer = make_tokenizer("bpe", Corpus(texts, texts, "diary", "diary"), 400, context_length=24, masked=True)
