@@ -9,6 +9,7 @@ loss = mean over masked patches p of ||W_o g_L[p] - normalised pixels of p||^2
 B batch, C channels, P patches, K visible patches, D hidden size
 """
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -65,18 +66,19 @@ class ZooViTMAEConfig(ZooViTConfig):
 
     def validate_decoder(self):
         """Checks the decoder's fields, and that a part of each image is masked and a part visible."""
-        rows, columns = self.grid_size
-        if not 0 < self.num_visible(rows * columns) < rows * columns:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} of {rows} x {columns} patches leaves none masked, or none visible"
-            )
+        self.num_visible(math.prod(self.grid_size))
         if self.stem_channels:
             raise ValueError("stem_channels: a convolution would see masked patches; MAE takes a ViT without a stem")
         self.decoder_config().validate()
 
     def num_visible(self, num_patches: int) -> int:
-        """How many of an image's patches the encoder sees."""
-        return int(num_patches * (1 - self.mask_ratio))
+        """How many of an image's patches the encoder sees; raises a `ValueError` where it is all of them or none."""
+        num_visible = int(num_patches * (1 - self.mask_ratio))
+        if not 0 < num_visible < num_patches:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} of {num_patches} patches leaves none masked, or none visible"
+            )
+        return num_visible
 
     def decoder_config(self) -> ZooViTConfig:
         """The decoder as a ViT's config."""

@@ -231,6 +231,12 @@ def test_an_autoencoder_opens_at_another_image_size(make_mae, positions, tmp_pat
     assert_close(larger(images, noise=noise).logits, model(images, noise=noise).logits, **SAME)
 
 
+def test_an_image_of_too_few_patches_to_mask_is_refused(make_mae):
+    model = make_mae(pooling="mean")
+    with pytest.raises(ValueError, match="mask_ratio 0.75 of 1 patches"):
+        model(torch.randn(1, 3, 4, 4))
+
+
 def test_drop_path_is_the_encoders(make_mae):
     model = make_mae(drop_path=0.5)
     assert any(hasattr(module, "rate") for module in model.vit.modules())
