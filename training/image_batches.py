@@ -82,8 +82,8 @@ class SelectedRows(ImageRows):
     def aspects(self, indices):
         return self.rows.aspects(self.places[indices])
 
-    def report(self):
-        return self.rows.report()
+    def report(self, gather=list):
+        return self.rows.report(gather)
 
 
 def choose_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

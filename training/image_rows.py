@@ -86,8 +86,11 @@ class ImageRows(ABC):
         drawn = [permutation(len(self), seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(drawn)
 
-    def report(self) -> list[str]:
-        """What was converted or skipped so far, counted and named."""
+    def report(self, gather: Callable[[list], list] = list) -> list[str]:
+        """What was converted or skipped so far, counted and named.
+
+        gather: from a list to those of all processes, one behind the other, each of which has decoded its own images.
+        """
         return []
 
     def external_files(self) -> dict[str, dict]:
@@ -238,15 +241,17 @@ class EncodedRows(ImageRows):
         self._aspects[unknown] = [decoding.aspect(file) for file in self.source.encoded(unknown)]
         return self._aspects[indices]
 
-    def report(self):
-        lines = []
-        for kind, found in sorted(self.converted.items()):
+    def report(self, gather=list):
+        lines, bad, converted = [], {}, {}
+        for its_bad, its_converted in gather([(self.bad, self.converted)]):
+            bad |= its_bad
+            for kind, found in its_converted.items():
+                converted[kind] = converted.get(kind, set()) | found
+        for kind, found in sorted(converted.items()):
             named = [self.source.name(index) for index in sorted(found)[:4]]
             lines.append(f"{len(found)} {kind} images converted ({_listing(named, 3)})")
-        if self.bad:
-            lines.append(
-                f"{len(self.bad)} bad images replaced by others ({_listing(_reasons(self.source, self.bad), 3)})"
-            )
+        if bad:
+            lines.append(f"{len(bad)} bad images replaced by others ({_listing(_reasons(self.source, bad), 3)})")
         return lines
 
     def _load(self, indices, boxes, size):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from accelerate.utils import gather_object
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
@@ -205,7 +206,8 @@ def main():
         )
         measured, pictures = validation.look_closer(model, results)
         found = [f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float)]
-        accelerator.print("\n".join([*images.train.report(), *images.validation.report(), *found]))
+        reports = [line for rows in (images.train, images.validation) for line in rows.report(gather_object)]
+        accelerator.print("\n".join([*reports, *found]))
         finish(
             args,
             accelerator,

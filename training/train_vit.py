@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate.utils import gather_object
+
 import hf_models
 from training.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
 from training.augment import Augmentation
@@ -52,7 +54,7 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
     objective: Literal["classify", "mae"] = option("classify", "mae: reconstruct masked patches", "this script")
     config: str | None = option(None, "fields to change in it: 'hidden_size=192,pooling=mean'", "model")
     image_size: int | None = option(None, "pixels of a side; None: the model's", "model")
-    num_channels: int | None = option(None, "1 grey, 3 colour; None: as the checkpoint or the data has it", "model")
+    num_channels: int | None = option(None, "1 grey, 3 colour (a stream); None: as the checkpoint or data", "model")
     drop_path: float | None = option(None, "probability to leave the last block out (stochastic depth)", "model")
 
     validation_data: str | None = option(None, "images to validate on, where `data` has no such part", "images")
@@ -190,7 +192,8 @@ def main():
         )
         measured, pictures = validation.look_closer(model, results)
         found = [f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float)]
-        accelerator.print("\n".join([*rows.report(), *images.validation.report(), *found]))
+        reports = [line for one in (rows, images.validation) for line in one.report(gather_object)]
+        accelerator.print("\n".join([*reports, *found]))
         finish(
             args,
             accelerator,

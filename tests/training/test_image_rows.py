@@ -126,6 +126,9 @@ def test_a_bad_image_is_replaced_by_the_next_sound_one_of_its_class_and_named(ca
         assert reason in rows.bad[number]
     [line] = rows.report()
     assert line.startswith("8 bad images replaced by others (image 0: no content, image 1: not an image, image 2: ")
+    elsewhere = ({0: "no content", 9: "torn"}, {"grey": {9, 10}})  # what another process found
+    of_all = rows.report(gather=lambda findings: [*findings, elsewhere])
+    assert of_all[0] == "2 grey images converted (image 9, image 10)" and of_all[1].startswith("9 bad images")
     rows.images(range(16), size=(6, 5))
     errors = capfd.readouterr().err
     assert errors.count("bad image, replaced by another: image") == 8  # each once
