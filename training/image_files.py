@@ -259,8 +259,10 @@ def read_folder(root: Path, labelled: bool) -> Splits:
     """A folder for each class, at the top or under train/ and val/ (valid*, dev*, test*)."""
     top = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     names = {name: split_of(name) for name in top if split_of(name) or any(_image_files(root / name))}
-    if "train" not in names.values() or not all(names.values()):
+    if not names or not all(names.values()):
         return {"train": _read_classes(root, labelled)}
+    if "train" not in names.values():
+        raise ValueError(f"{root} has only {', '.join(names)}, nothing to train on: add a folder train")
     if len(set(names.values())) < len(names):
         raise ValueError(f"{root} has several folders for one split: {', '.join(names)}; leave one of each")
     folders = {split: root / name for name, split in names.items()}
@@ -292,9 +294,12 @@ def _read_classes(root: Path, labelled: bool) -> ImageSet:
 
 
 def _image_files(root: Path) -> Iterator[Path]:
-    """The images under a folder, sorted; hidden files and folders do not count."""
+    """The images under a folder, sorted; hidden files and folders do not count, nor links back to a folder above."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        above = [Path(folder).resolve(), *Path(folder).resolve().parents]
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and Path(folder, name).resolve() not in above
+        )
         for name in sorted(files):
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield Path(folder, name)
@@ -322,7 +327,7 @@ def read_table(table: Table, root: Path, image_column: str, label_column: str | 
     return ImageSet(Files(paths, root), labels)
 
 
-def read_dataset(dataset, source: str, image_column: str, label_column: str | None, root: Path | None) -> ImageSet:
+def read_dataset(dataset, source: str, image_column: str, label_column: str | None, root: Path) -> ImageSet:
     """One split of a Hub data set or of a parquet file. Paths in it are relative to `root`."""
     dataset, class_names = undecoded(dataset, source, image_column, label_column)
     if class_names is None and label_column is not None:
@@ -335,7 +340,7 @@ def read_dataset(dataset, source: str, image_column: str, label_column: str | No
         raise ValueError(f"{source}, row {labels.index(None) + 1}: no label")
     if not isinstance(dataset.features[image_column], _image_type()):
         table = Table({image_column: list(dataset[image_column])}, [(source, len(dataset))])
-        images = read_table(table, root or Path(), image_column, None).images
+        images = read_table(table, root, image_column, None).images
     else:
         images = DatasetImages(dataset, image_column, source)
     return ImageSet(images, labels, class_names, dataset.info.license or None)

@@ -22,6 +22,7 @@ def stream_images(
     label_column: str | None,
     label_names: list[str] | None,
     *,
+    root: Path = Path(),
     num_channels: int,
     decoder: Decoder,
     limit: BadImageLimit,
@@ -30,7 +31,8 @@ def stream_images(
     """Training and validation images, names of the classes, licence, fingerprint of a `datasets.IterableDatasetDict`.
 
     Validation is the first NUM_HELD_OUT images of the split "validation" or "test", or else of "train", which then
-    goes on behind them. The fingerprint covers the name and these images, since nobody has seen the others yet.
+    goes on behind them. The fingerprint covers the name and these images, since nobody has seen the others yet. Paths
+    are relative to `root`.
     """
     import datasets
 
@@ -47,7 +49,7 @@ def stream_images(
     if not (rows := list(held_out)):
         raise ValueError(f"{source}: the stream has no images")
     held_out = read_dataset(
-        datasets.Dataset.from_list(rows, held_out.features), f"{source}, held out", image_column, label_column, None
+        datasets.Dataset.from_list(rows, held_out.features), f"{source}, held out", image_column, label_column, root
     )
     class_names = (label_names or names or []) if label_column is not None else []
     ids = label_ids(class_names, names is None and held_out.labels)
@@ -64,7 +66,13 @@ def stream_images(
     digests = [digest.hex() for digest in held_out.images.digests()]
     fingerprint = fingerprint_of("stream", source, class_names, digests, labels)
     shards = Shards(
-        train, source, fingerprint, image_column, None if labels is None else label_of, rows_per_shard=rows_per_shard
+        train,
+        source,
+        fingerprint,
+        image_column,
+        None if labels is None else label_of,
+        root=root,
+        rows_per_shard=rows_per_shard,
     )
     options = {"num_channels": num_channels, "decoder": decoder, "limit": limit}
     held_out = EncodedRows(held_out.images, None if labels is None else np.array(labels), **options)
@@ -76,10 +84,19 @@ class Shards(ShardFolder):
     file beside it says where each of them ends, and their labels."""
 
     def __init__(
-        self, dataset, source: str, fingerprint: str, image_column: str, label_of, *, rows_per_shard: int, timeout=600.0
+        self,
+        dataset,
+        source: str,
+        fingerprint: str,
+        image_column: str,
+        label_of,
+        *,
+        root: Path,
+        rows_per_shard: int,
+        timeout=600.0,
     ):
         self.dataset, self.source, self.image_column, self.label_of = dataset, source, image_column, label_of
-        self.rows_per_shard = rows_per_shard
+        self.root, self.rows_per_shard = root, rows_per_shard
         self.labels = np.zeros(0, np.int64)  # of all images so far
         self._rows = None  # the open stream, behind the last shard
         self._open = functools.lru_cache(maxsize=4)(self._map)
@@ -122,7 +139,8 @@ class Shards(ShardFolder):
         while self._next is not None and len(contents) < self.rows_per_shard:
             content = content_of(self._next[self.image_column])
             if isinstance(content, str):
-                content = Path(content).read_bytes()
+                file = self.root / content
+                content = file.read_bytes() if file.is_file() else b""  # bad, and replaced when its turn comes
             size += len(content)
             where = self.name(len(self) + len(contents))
             labels.append(-1 if self.label_of is None else self.label_of(self._next, where))

@@ -77,7 +77,7 @@ def read_images(
         smallest sha256, so that neither order nor duplicates matter. `seed` chooses others.
     label_names: the classes in the order of their ids, by default sorted or as the data set has them. Labels that
         are numbers may be called by other names.
-    num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
+    num_channels: 1 makes all images grey, 3 colour; by default grey if all are, and colour for a stream.
     streaming: read a Hub data set or parquet files as they arrive, see `stream_images`.
     max_bad_images: the part of the images that may be unreadable; those are replaced, see `EncodedRows`.
     num_workers: processes that decode, 0: none.
@@ -99,7 +99,13 @@ def read_images(
         if validation_data is not None:
             raise ValueError("validation_data does not go with streaming, which validates on what the data set has")
         train, validation, names, license, fingerprint = stream_images(
-            _open_stream(data), data, *columns, label_names, num_channels=num_channels or 3, **options
+            _open_stream(data),
+            data,
+            *columns,
+            label_names,
+            root=root_of(path),
+            num_channels=num_channels or 3,
+            **options,
         )
         return ImageData(train, validation, names, num_channels or 3, None, fingerprint, source, license)
 
@@ -165,7 +171,7 @@ def _read(data: str, image_column: str, label_column: str | None) -> Splits:
         return {"train": read_table(read_tables(str(path))[0], path.parent, image_column, label_column)}
     if path.exists():
         raise ValueError(f"{path}: expected a folder, or an idx, .csv, .json, .jsonl or .parquet file")
-    return _from_datasets(load_hub(data), None, image_column, label_column, data)
+    return _from_datasets(load_hub(data), path, image_column, label_column, data)
 
 
 def load_local(*names, **options):
@@ -181,19 +187,23 @@ def load_local(*names, **options):
         ) from error
 
 
-def _from_datasets(found, path: Path | None, image_column: str, label_column: str | None, source: str = "") -> Splits:
+def _from_datasets(found, path: Path, image_column: str, label_column: str | None, source: str = "") -> Splits:
     """The splits of a `datasets.DatasetDict`, or of a `datasets.Dataset`, which is to train on."""
     source = source or str(path)
     if not isinstance(found, dict):
         found = {"train": found}
     if "train" not in found:
         raise ValueError(f"{source} has no split 'train', only {sorted(found)}")
-    root = path and (path if path.is_dir() else path.parent)
     splits = {
-        name: read_dataset(found[name], f"{source}, split {name}", image_column, label_column, root)
+        name: read_dataset(found[name], f"{source}, split {name}", image_column, label_column, root_of(path))
         for name in needed(found, "validation")
     }
     return {name.replace("validation", "val"): split for name, split in splits.items()}
+
+
+def root_of(path: Path) -> Path:
+    """What paths in a data set are relative to: its folder, or for one of the Hub this one."""
+    return path if path.is_dir() else path.parent if path.exists() else Path()
 
 
 def _open_stream(data: str):

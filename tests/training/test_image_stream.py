@@ -124,3 +124,16 @@ def test_a_stream_of_parquet_files_is_read_as_a_whole(tmp_path):
     indices = images.train.draw(0, 48, seed=0)
     assert sorted(numbers_of(images.train, indices)) == sorted([*range(24)] * 2)
     assert images.train.images(indices[:2], size=(8, 8)).dtype == torch.uint8 and images.num_channels == 3
+
+
+def test_paths_in_a_streamed_file_are_relative_to_it_and_a_missing_one_is_bad(tmp_path):
+    paths = [f"{number}.png" for number in range(20)]
+    for path, number in zip(paths, range(20), strict=True):
+        picture(number).save(tmp_path / path)
+    dataset = datasets.Dataset.from_dict({"image": paths, "label": ["a", "b"] * 10})
+    dataset.to_parquet(tmp_path / "table.parquet")
+    (tmp_path / "7.png").unlink()
+    images = read_images(str(tmp_path / "table.parquet"), streaming=True, label_names=["a", "b"], max_bad_images=0.2)
+    indices = images.train.draw(0, 15, seed=0)
+    assert sorted(numbers_of(images.train, indices)) == [5, 6, 8, 9, 9, *range(10, 20)]
+    assert images.train.report()[0].startswith("1 bad images replaced by others")

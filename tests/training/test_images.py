@@ -105,6 +105,20 @@ def test_a_folder_names_its_splits(tmp_path, train, validation):
         assert len(read_images(str(tmp_path)).validation) == 3
 
 
+def test_parts_without_one_to_train_on_are_no_classes(tmp_path):
+    for part in ("val", "test"):
+        write_classes(tmp_path / part, {"cat": 2, "dog": 3})
+    with pytest.raises(ValueError, match="has only test, val, nothing to train on: add a folder train"):
+        read_images(str(tmp_path))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    write_classes(tmp_path / "all", {"cat": 4, "dog": 4})
+    (tmp_path / "all" / "cat" / "loop").symlink_to(tmp_path / "all")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "all")
+    assert len(read_images(str(tmp_path / "elsewhere"), validation_fraction=0.0, labelled=False).train) == 8
+
+
 def test_a_class_may_be_called_train(tmp_path):
     images = read_images(write_classes(tmp_path, {"car": 3, "train": 3, "tram": 2}))
     assert images.label_names == ["car", "train", "tram"]
