@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None):
     parser.add_argument("--validation_data", help="images to classify, where `data` has no such part")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
+    parser.add_argument("--image_size", type=int, help="pixels of a side, default: the model's")
     parser.add_argument("--pooling", choices=POOLINGS, help="default: the model's, mean for a masked autoencoder")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode image files")
@@ -131,7 +132,8 @@ def probe(args: argparse.Namespace):
     for name in ("batch_size", "k", "temperature"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{name} must be above 0, not {getattr(args, name)}")
-    model = ZooViTModel.from_pretrained(args.checkpoint, add_pooling_layer=False)
+    size = {} if args.image_size is None else {"image_size": args.image_size}
+    model = ZooViTModel.from_pretrained(args.checkpoint, add_pooling_layer=False, **size)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     config = model.config
     images = read_images(
@@ -142,6 +144,8 @@ def probe(args: argparse.Namespace):
         num_channels=config.num_channels,
         num_workers=args.num_workers,
     )
+    if not len(images.validation):
+        raise ValueError(f"{args.data} has no image to classify: give validation_data")
     size = tuple(side * config.patch_size for side in config.grid_size)
     mean, std = normalisation_of(args.checkpoint, config.num_channels) or ([0.5], [0.5])
     normalize = Augmentation(seed=0, global_batch_size=1, image_size=size, mean=mean, std=std).normalize

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_models import ZooViTConfig, ZooViTForImageClassification, ZooViTMAEConfig, ZooViTMAEForPreTraining, ZooViTModel
 from training import probe
@@ -145,12 +146,16 @@ def test_the_command_probes_a_checkpoint_on_the_embedded_digits(kind, tmp_path, 
     [
         (["--k", "0"], "k must be above 0"),
         (["--data", "{folder}/data"], "data"),
+        (["--data", "{folder}/single"], "no image to classify"),
         (["--temperature", "-1"], "temperature"),
     ],
     ids=str,
 )
 def test_what_does_not_suit_is_said_in_one_line(options, message, tmp_path, capsys):
     (tmp_path / "data").mkdir()  # without an image
+    for name in "ab":  # none of which can be held out
+        (tmp_path / "single" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), name == "a" and "red").save(tmp_path / "single" / name / "1.png")
     make_mae().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         probe.main([str(tmp_path), *(option.format(folder=tmp_path) for option in options)])
