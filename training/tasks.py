@@ -44,6 +44,7 @@ BENCHMARKS = {
     "stsb": _glue("regress", "stsb", "sentence1", "sentence2", "pearson"),
     "qqp": _glue("pair", "qqp", "question1", "question2", "f1"),
     "mnli": _glue("pair", "mnli", "premise", "hypothesis", validation_split="validation_matched"),
+    "mnli-mm": _glue("pair", "mnli", "premise", "hypothesis", validation_split="validation_mismatched"),
     "qnli": _glue("pair", "qnli", "question", "sentence"),
     "rte": _glue("pair", "rte", "sentence1", "sentence2"),
     "wnli": _glue("pair", "wnli", "sentence1", "sentence2"),

@@ -194,6 +194,7 @@ GLUE_COLUMNS = {
     "stsb": ("sentence1", "sentence2"),
     "qqp": ("question1", "question2"),
     "mnli": ("premise", "hypothesis"),
+    "mnli-mm": ("premise", "hypothesis"),
     "qnli": ("question", "sentence"),
     "rte": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
@@ -206,10 +207,11 @@ def test_glue_tasks_have_their_columns_names_and_measure(hub, name):
     columns |= {"idx": [0, 1, 2], "label": [1.5, 2.0, 0.0] if name == "stsb" else [1, 0, 1]}
     classes = {} if name == "stsb" else {"label": datasets.ClassLabel(names=["no", "yes"])}
     split = dataset(columns, **classes)
-    hub.splits = {"train": split, "validation_matched" if name == "mnli" else "validation": split}
+    validation = {"mnli": "validation_matched", "mnli-mm": "validation_mismatched"}.get(name, "validation")
+    hub.splits = {"train": split, validation: split}
 
     task = read_task(BENCHMARKS[name].kind, name)
-    assert hub.asked == ("nyu-mll/glue", name)
+    assert hub.asked == ("nyu-mll/glue", name.removesuffix("-mm"))
     assert task.texts(task.validation[1]) == [f"{column} 1" for column in GLUE_COLUMNS[name]]
     assert task.label_names == (["label"] if name == "stsb" else ["no", "yes"])
     assert task.train[0]["label"] == (1.5 if name == "stsb" else "yes")
