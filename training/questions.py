@@ -62,7 +62,7 @@ class QuestionTask(Task):
             if not example["answers"] and not self.unanswerable:
                 raise ValueError(f"{where}: the question has no answer; give --unanswerable for data like SQuAD v2")
             if example["answers"]:
-                example["start"] = find_answer(example["context"], *example["answers"][0])
+                example["start"], example["end"] = find_answer(example["context"], example["answers"])
                 if example["start"] is None:
                     misplaced.append(f"{example['answers'][0][0]!r} ({where})")
             examples.append(example)
@@ -129,8 +129,8 @@ class QuestionTask(Task):
 
 
 def read_answers(value, column: str, where: str) -> list[tuple[str, int | None]]:
-    """Texts and the characters they begin at, from any form that SQuAD's answers come in: {"text": [...],
-    "answer_start": [...]}, a list of {"text", "answer_start"}, or one text."""
+    """Texts without spaces around them and the characters they begin at, from any form that SQuAD's answers come in:
+    {"text": [...], "answer_start": [...]}, a list of {"text", "answer_start"}, or one text."""
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
@@ -140,19 +140,25 @@ def read_answers(value, column: str, where: str) -> list[tuple[str, int | None]]
     if not isinstance(value, list) or not all(isinstance(answer, dict) and "text" in answer for answer in value):
         raise ValueError(f'{where}: {column!r} must be {{"text": [...], "answer_start": [...]}}, not {value!r}')
     answers = [(as_text(answer["text"], column, where), answer.get("answer_start")) for answer in value]
-    for _, start in answers:
+    stripped = []
+    for text, start in answers:
         if not isinstance(start, int | None):
             raise ValueError(f"{where}: answer_start in {column!r} must be a whole number, not {start!r}")
-    return [(text, start) for text, start in answers if text.strip()]
+        if start is not None:
+            start += len(text) - len(text.lstrip())
+        stripped.append((text.strip(), start))
+    return [(text, start) for text, start in stripped if text]
 
 
-def find_answer(context: str, text: str, start: int | None) -> int | None:
-    """The character that the answer begins at: as the data says, or, where that is wrong, its first place; None if the
-    text is not in the context."""
-    if start is not None and context[start : start + len(text)] == text:
-        return start
-    start = context.find(text)
-    return None if start < 0 else start
+def find_answer(context: str, answers: list[tuple[str, int | None]]) -> tuple[int, int] | tuple[None, None]:
+    """The characters from which to which the first answer goes that is in the context: as the data says, or, where
+    that is wrong, at its first place; twice None if none of them is there."""
+    for text, start in answers:
+        if start is None or start < 0 or context[start : start + len(text)] != text:
+            start = context.find(text)
+        if start >= 0:
+            return start, start + len(text)
+    return None, None
 
 
 def answer_tokens(offsets: np.ndarray, example: dict) -> tuple[int, int]:
@@ -160,7 +166,7 @@ def answer_tokens(offsets: np.ndarray, example: dict) -> tuple[int, int]:
     in there."""
     if example.get("start") is None:
         return 0, 0
-    start, end = example["start"], example["start"] + len(example["answers"][0][0])
+    start, end = example["start"], example["end"]
     firsts, lasts = offsets.T
     is_context = lasts > firsts
     places = np.flatnonzero(is_context & (lasts > start) & (firsts < end))

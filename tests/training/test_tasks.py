@@ -543,6 +543,22 @@ def test_an_answer_at_the_wrong_place_is_found_and_one_that_is_nowhere_is_named(
     ]
 
 
+def test_the_first_of_several_answers_that_is_in_the_context_is_trained_on(tmp_path):
+    answers = {"text": ["in Paris", "in London", "London"], "answer_start": [5, 7, 25]}
+    (example,) = both("qa", write_json(tmp_path / "a.json", [{**QUESTIONS[0], "answers": answers}])).train
+    assert CONTEXT[example["start"] : example["end"]] == "in London"
+
+
+def test_spaces_around_an_answer_are_not_part_of_it(tmp_path):
+    context = "London is where"
+    rows = [{**QUESTIONS[0], "context": context, "answers": {"text": [" where "], "answer_start": [9]}}]
+    task = both("qa", write_json(tmp_path / "a.json", rows))
+    assert task.train[0]["answers"] == [("where", 10)]
+    tokenizer = tokenizer_of(task)
+    (window,) = task.rows(task.train, tokenizer, 64)
+    assert tokenizer.decode(window["input_ids"][window["start_positions"] : window["end_positions"] + 1]) == "where"
+
+
 def test_a_question_of_squad_v2_may_have_no_answer(tmp_path):
     nothing = {"text": [], "answer_start": []}
     rows = {"version": "v2.0", "data": [*QUESTIONS, {**QUESTIONS[0], "answers": nothing}]}
