@@ -50,6 +50,9 @@ def answer_question(
         null_threshold: how far "no answer" has to score above the best span to be preferred; infinity asks for a span
             in any case. Default: the config's `null_threshold`; where it has none every question has an answer.
         batch_size: windows of one forward pass.
+
+    Raises:
+        ValueError: a length or a threshold that cannot be, as `question_windows` and `best_answers` say.
     """
     if max_tokens is None:
         max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
@@ -156,7 +159,15 @@ def best_answers(
 
     Returns:
         At least one answer; the empty one if there is no span at all.
+
+    Raises:
+        ValueError: a `null_threshold` that is no number, or minus infinity.
     """
+    if null_threshold is not None and not null_threshold > -math.inf:
+        raise ValueError(
+            f"null_threshold is {null_threshold}: give a number, very low for 'no answer' in any case, or infinity for "
+            "a span in any case"
+        )
     num_tokens = start_logits.shape[1]
     first_characters, last_characters = offsets.unbind(-1)  # (W, T)
     is_context = last_characters > first_characters

@@ -80,6 +80,13 @@ def test_no_answer_needs_every_window_to_agree():
     assert best_answers(start, start, offsets, "a b", null_threshold=math.inf)[0].text == "b"
 
 
+@pytest.mark.parametrize("null_threshold", [-math.inf, math.nan])
+def test_a_threshold_that_orders_nothing_is_refused(null_threshold):
+    scores, offsets = torch.ones(1, 2), torch.tensor([[[0, 0], [0, 1]]])
+    with pytest.raises(ValueError, match="null_threshold is"):
+        best_answers(scores, scores, offsets, "a", null_threshold=null_threshold)
+
+
 def test_windows_cover_the_context_and_overlap_by_the_stride(word_tokenizer):
     windows = question_windows(word_tokenizer, ["who", "why"], [CONTEXT, "w1 w2"], max_tokens=24, stride=8)
     assert [window["question"] for window in windows] == [0, 0, 0, 1]

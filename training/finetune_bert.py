@@ -96,8 +96,8 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
                 raise ValueError(f"{name} belongs to --task qa, not to {self.task}")
         if self.stride is not None and not 0 <= self.stride <= self.max_length // 2:
             raise ValueError(f"stride must lie between 0 and half of max_length {self.max_length}, not {self.stride}")
-        if self.null_threshold is not None and math.isnan(self.null_threshold):
-            raise ValueError("null_threshold must be a number, not nan")
+        if self.null_threshold is not None and not self.null_threshold > -math.inf:
+            raise ValueError(f"null_threshold must be a number or infinity, not {self.null_threshold}")
 
 
 def plan_steps(args: FineTuningArguments, num_rows: int) -> FineTuningArguments:
