@@ -222,15 +222,17 @@ def entities(tags: list[str]) -> set[tuple[str, int, int]]:
     """The entities (type, first word, end) of one row of tags, as the CoNLL script conlleval and seqeval count them.
 
     `B-X` begins an entity of type X and `I-X` goes on with it; an `I-X` with nothing of type X before it begins one
-    too, so that both of CoNLL's ways to write tags (IOB1, IOB2) give the same entities. Any other tag is outside.
+    too, so that both of CoNLL's ways to write tags (IOB1, IOB2) give the same entities. `E-X` or `L-X` is the last word
+    of one, `S-X` or `U-X` an entity by itself (BIOES, BILOU). Any other tag is outside.
     """
-    found, kind, first = set(), None, 0
+    found, kind, first, is_last = set(), None, 0, False
     for place, tag in enumerate([*tags, "O"]):
-        prefix, _, name = tag.partition("-")
-        name = name if prefix in ("B", "I") else None
-        if kind is not None and (name != kind or prefix == "B"):
+        prefix, dash, name = tag.partition("-")
+        name = name if prefix in ("B", "I") or (dash and prefix in ("E", "L", "S", "U")) else None
+        if kind is not None and (name != kind or prefix in ("B", "S", "U") or is_last):
             found.add((kind, first, place))
             kind = None
+        is_last = prefix in ("E", "L", "S", "U")
         if kind is None and name is not None:
             kind, first = name, place
     return found

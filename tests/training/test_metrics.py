@@ -173,6 +173,10 @@ def test_questions_without_an_answer_are_also_reported_apart():
         ("I-PER I-PER O", {("PER", 0, 2)}),  # IOB1
         ("B-PER I-LOC I-LOC", {("PER", 0, 1), ("LOC", 1, 3)}),  # another type begins another entity
         ("B-date-range I-date-range", {("date-range", 0, 2)}),
+        ("B-PER E-PER E-PER S-PER O S-LOC", {("PER", 0, 2), ("PER", 2, 3), ("PER", 3, 4), ("LOC", 5, 6)}),  # BIOES
+        ("B-PER I-PER E-PER B-PER", {("PER", 0, 3), ("PER", 3, 4)}),
+        ("U-PER I-PER L-PER U-LOC L-PER", {("PER", 0, 1), ("PER", 1, 3), ("LOC", 3, 4), ("PER", 4, 5)}),  # BILOU
+        ("S E L U B", {("", 4, 5)}),
         ("NN VB -X B", {("", 3, 4)}),  # of tags without a type only B and I are entities
         ("", set()),
     ],
