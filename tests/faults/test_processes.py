@@ -69,8 +69,9 @@ def test_one_two_and_again_one_process_lose_and_repeat_no_sample(trainers, singl
     assert_close(run, single)
 
 
-def test_a_detector_is_trained_by_one_two_and_again_one_process(trainers, tmp_path):
-    options = {"script": "train_detr", **EVERY_STEP}
+@pytest.mark.parametrize("script", ["train_bert", "train_vit", "train_vit-mae", "train_detr"])
+def test_every_model_is_trained_by_one_two_and_again_one_process(trainers, tmp_path, script):
+    options = {"script": script, **EVERY_STEP}
     trainers.run(tmp_path / "single", **options)
     trainers.run(tmp_path / "run", "--fault", "terminate:step:8", **options)
     trainers.run_ranks(tmp_path / "run", 2, "--fault", "terminate:step:9@1", micro_batch_size=2, **options)
