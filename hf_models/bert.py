@@ -326,7 +326,16 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
         Returns:
             `loss`, the sum of the losses whose labels were given; `prediction_logits` (B, T, V) unless left out;
             `seq_relationship_logits` (B, 2) or (B, S, 2).
+
+        Raises:
+            ValueError: `num_items_in_batch` is one number, or has another key; and as `ZooBertModel`.
         """
+        num_items = {} if num_items_in_batch is None else num_items_in_batch
+        if not isinstance(num_items, dict) or not num_items.keys() <= {"masked_lm", "next_sentence"}:
+            raise ValueError(
+                'num_items_in_batch must be {"masked_lm": ..., "next_sentence": ...}, a divisor for each of the two '
+                f"losses, not {num_items}"
+            )
         return_logits = self.returns_logits(return_logits, labels)
         first = torch.zeros(1, 1, dtype=torch.long) if sequence_positions is None else sequence_positions
         read = self.read_places(labels, masked_positions, return_logits, logits_to_keep, first)
@@ -337,7 +346,6 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
             pooled = self.bert.pool(states_at(hidden_states, sequence_positions))
         relationship = self.nsp_head(pooled)
 
-        num_items = num_items_in_batch or {}
         losses = []
         if labels is not None:
             losses.append(self.mlm_head.loss(hidden_states, labels, masked_positions, num_items.get("masked_lm")))

@@ -4,6 +4,7 @@ Two of its promises are that nothing is computed on padding and that nothing but
 can be seen in a result, so here are the results of the plain way.
 """
 
+import copy
 import json
 
 import peft
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import modeling_flash_attention_utils
+from transformers import Trainer, TrainingArguments, modeling_flash_attention_utils
 
 from hf_models import (
     ZooBertConfig,
@@ -507,6 +508,29 @@ def test_the_pretraining_loss_is_the_sum_of_its_two(make_bert, sentences):
     assert_close(model(**inputs, labels=labels).loss, masked, **SAME)
     assert_close(model(**inputs, next_sentence_label=next_sentence_label).loss, next_sentence, **SAME)
     assert model(**inputs).loss is None
+
+
+@pytest.mark.parametrize("num_items", [0, 14, torch.tensor(14), {"labels": 14}], ids=repr)
+def test_one_number_cannot_divide_two_losses(make_bert, sentences, num_items):
+    asked = labels_for(ZooBertForPreTraining, sentences)
+    with pytest.raises(ValueError, match=r'num_items_in_batch must be \{"masked_lm": ..., "next_sentence": ...\}'):
+        make_bert(ZooBertForPreTraining)(**sentences, **asked, num_items_in_batch=num_items)
+
+
+def test_trainer_accumulates_the_mean_of_the_micro_batches(make_bert, sentences, tmp_path):
+    model = make_bert(ZooBertForPreTraining).train()
+    inputs = {**sentences, **labels_for(ZooBertForPreTraining, sentences)}
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(3)]
+    sum(model(**{name: value[None] for name, value in row.items()}).loss / 3 for row in rows).backward()
+    before, slopes = copy.deepcopy(model.state_dict()), gradients(model)
+    settings = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=3, learning_rate=0.01,
+        optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    Trainer(model, settings, train_dataset=rows).train()
+    after = model.state_dict()
+    assert_close({name: after[name] for name in slopes}, {n: before[n] - 0.01 * slopes[n] for n in slopes}, **SAME)
 
 
 def test_a_packed_training_step_of_both_objectives_is_one_graph(make_bert, sentences):
