@@ -42,7 +42,8 @@ from .question_answering import answer_question
 
 @strict
 class ZooBertConfig(TextConfig):
-    """A BERT. The defaults are BERT base; stock spellings (`hidden_dropout_prob`, ...) are understood.
+    """A BERT. The defaults are BERT base, but without its dropout of 0.1; stock spellings (`hidden_dropout_prob`, ...)
+    are understood.
 
     Args:
         type_vocab_size: number of token types: 0 for the first text of a pair, 1 for the second.
@@ -150,6 +151,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
             skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
                 see the M real tokens of the batch as (1, M, D). Without effect where a compiler, hidden states asked
                 for, or drop path need tensors of fixed shape, and where padding on the left is what the pooler reads.
+                PEFT's `adapter_names`, one for each row, need False.
             read_places: (B, T), true where the last states will be read: the last block gives no others, and they are
                 0. It, and hooks on it, then see the R places that are read as (1, R, D). Without effect in the cases
                 of `skip_padding`, and where attention maps are asked for. The heads set it by themselves.

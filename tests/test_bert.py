@@ -291,6 +291,22 @@ def test_each_row_may_have_an_adapter_of_its_own(make_bert, tokens):
         assert_close(mixed[row], model(input_ids=tokens).logits[row], **SAME)
 
 
+@pytest.mark.parametrize(
+    "model_class", [ZooBertForSequenceClassification, ZooBertForTokenClassification, ZooBertForMaskedLM]
+)
+def test_each_padded_row_may_have_an_adapter_of_its_own_where_padding_is_computed(make_bert, model_class, sentences):
+    model = make_bert(model_class)
+    settings = peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, settings, adapter_name="a")
+    model.add_adapter("b", settings)
+    model.eval()
+    mixed = model(**sentences, adapter_names=["a", "b", "a"], skip_padding=False).logits
+    for row, name in enumerate("aba"):
+        model.set_adapter(name)
+        places = slice(None) if mixed.ndim == 2 else sentences["attention_mask"][row].bool()
+        assert_close(mixed[row][places], model(**sentences).logits[row][places], **SAME)
+
+
 def test_an_adapter_of_what_is_computed_again_is_trained(make_bert, sentences, monkeypatch):
     model, asked = make_bert().train(), labels_for(ZooBertForMaskedLM, sentences)
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False))
