@@ -1,5 +1,8 @@
-"""What the scripts that pre-train refuse before the first step, and what makes one run another."""
+"""What the scripts that pre-train refuse before the first step, what makes one run another, and a whole run of BERT."""
 
+import contextlib
+import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.corpora import LINES, write_jsonl
+from tests.training.corpora import LINES, write_jsonl, write_text
 from training import train_bert, train_gpt
 from training.documents import read_documents, stream_corpus
 from training.tokenizer import make_tokenizer
@@ -54,6 +57,50 @@ def test_a_stream_that_is_too_short_is_refused_with_one_line(script, tmp_path, m
     assert not run(script, tmp_path / "run", monkeypatch, f"--tokenizer={tmp_path / 'bpe'}")
     said = "error: a row of 16 tokens (context_length or row_length) needs 17, but the stream 's' has 2"
     assert said in capsys.readouterr().err
+
+
+TOWNS = ["London", "Deptford", "Chatham", "Portsmouth", "Greenwich"]
+DIARY = "".join(
+    f"He went to {TOWNS[n % 5]} and then home to {TOWNS[n % 3]} very late on day {n}.\n" for n in range(400)
+)
+WITHOUT_PAIRS = ["--no-next_sentence", "--whole_words", "--tokenizer=bpe"]
+
+
+@pytest.mark.parametrize("options", [[], WITHOUT_PAIRS], ids=["defaults", "without pairs"])
+def test_a_run_ends_with_its_measures_and_lines_that_fill_a_mask(options, tmp_path, monkeypatch):
+    given = {
+        "data": write_text(tmp_path / "diary.txt", DIARY),
+        "validation_fraction": 0.2,
+        "output_dir": tmp_path / "run",
+        "config": "hidden_size=32,num_attention_heads=2,num_hidden_layers=2",
+        "vocab_size": 400,
+        "row_length": 64,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "eval_every": 2,
+        "scored_rows": 1,
+    }
+    given = [f"--{name}={value}" for name, value in given.items()]
+    monkeypatch.setattr(sys, "argv", ["train_bert.py", *given, *options])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_bert.main()
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    losses = [results[f"eval_{name}_loss"] for name in ("masked", "next_sentence") if f"eval_{name}_loss" in results]
+    assert results["eval_loss"] == pytest.approx(sum(losses)) and len(losses) == (1 if options else 2)
+    accuracies = [results[name] for name in results if name.endswith("_accuracy")]
+    assert len(accuracies) == len(losses) and all(0 <= accuracy <= 1 for accuracy in accuracies)
+    assert 1 < results["eval_pseudo_perplexity"] < 1000
+    sample = results["sample"].splitlines()
+    assert len(sample) == 20 and all("[MASK]" in line for line in sample[::2])
+    guessed = {line.split("(")[-1].rstrip(")").capitalize() for line in sample[1::2]}
+    assert guessed <= {*TOWNS, "Went", "Then", "Home", "Very", "Late"}
+
+    lines = printed.getvalue().splitlines()
+    snippet = lines[next(number for number, line in enumerate(lines) if line.startswith("from transformers")) :]
+    with contextlib.redirect_stdout(io.StringIO()) as filled:
+        exec("\n".join(snippet), {})
+    assert filled.getvalue().strip() and "[MASK]" not in filled.getvalue()
 
 
 def validate(tokens, masking_tokenizer, **options):
