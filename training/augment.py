@@ -6,9 +6,9 @@
     images, targets = augment(pixels, labels, draws)    # on the device: (B, C, H, W), (B, num_labels)
 
 What is random is drawn for each image from (seed, step, position in the global batch), so that micro-batches, processes
-and resuming change nothing. kornia has the same operations, but each is a pass of its own over the batch, which takes
-about twice as long together, and values between whole ones differ from PIL's. Here operations of one kind share one
-pass, with a parameter for each image, and sums are exact in any order.
+and resuming change nothing. kornia has the same operations, but each is a pass of its own over the batch, and values
+between whole ones differ from PIL's. Here operations of one kind share one pass, with a parameter for each image, and
+sums are exact in any order.
 
 Dimensions: B images, C channels, H and W pixels, N operations of RandAugment. Images are float tensors of whole values
 from 0 to 255 up to the normalisation, so that each operation gives what PIL's gives.
