@@ -71,7 +71,7 @@ class SelectedRows(ImageRows):
 
     def __init__(self, rows: ImageRows, places: np.ndarray):
         super().__init__(None if rows.labels is None else rows.labels[places])
-        self.rows, self.places = rows, places
+        self.rows, self.places = rows.among(places), places
 
     def __len__(self):
         return len(self.places)

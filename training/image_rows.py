@@ -8,6 +8,7 @@ Dimensions: B images of a batch, C channels (1 or 3), H and W of an image as it 
 """
 
 import contextlib
+import copy
 import functools
 import subprocess
 import sys
@@ -85,6 +86,10 @@ class ImageRows(ABC):
         epochs, places = np.divmod(np.arange(first, first + count), len(self))
         drawn = [permutation(len(self), seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(drawn)
+
+    def among(self, places: np.ndarray) -> "ImageRows":
+        """The same images under the same numbers, where only those at `places` are asked for or stand for others."""
+        return self
 
     def report(self, gather: Callable[[list], list] = list) -> list[str]:
         """What was converted or skipped so far, counted and named.
@@ -240,6 +245,13 @@ class EncodedRows(ImageRows):
         unknown = np.unique(indices[self._aspects[indices] == 0])
         self._aspects[unknown] = [decoding.aspect(file) for file in self.source.encoded(unknown)]
         return self._aspects[indices]
+
+    def among(self, places):
+        rows = copy.copy(self)
+        rows._prefetched = {}
+        if self.labels is not None:  # the others are no class's, so that they stand for none
+            rows._labels = np.where(np.isin(np.arange(len(self)), places), self.labels, -1)
+        return rows
 
     def report(self, gather=list):
         lines, bad, converted = [], {}, {}

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.training.pictures import content, deep_png, picture, png_head
 from training import decoding
+from training.image_batches import SelectedRows
 from training.image_rows import ArrayRows, BadImageLimit, BadImages, Decoder, EncodedRows
 
 
@@ -132,6 +133,15 @@ def test_a_bad_image_is_replaced_by_the_next_sound_one_of_its_class_and_named(ca
     rows.images(range(16), size=(6, 5))
     errors = capfd.readouterr().err
     assert errors.count("bad image, replaced by another: image") == 8  # each once
+
+
+def test_a_bad_image_among_chosen_ones_is_replaced_by_one_of_them():
+    """Or a run with few labels would use the label of another image."""
+    rows = open_rows([b"", *(content(picture(number)) for number in range(1, 8))], [0, 1] * 4)
+    few = SelectedRows(rows, np.array([0, 1, 6]))
+    assert torch.equal(few.images([0], size=(6, 5)), rows.images([6], size=(6, 5)))
+    assert torch.equal(rows.images([0], size=(6, 5)), rows.images([2], size=(6, 5)))
+    assert few.report() == rows.report() == ["1 bad images replaced by others (image 0: no content)"]
 
 
 def test_the_last_image_is_replaced_by_the_first_and_none_is_found_twice():
