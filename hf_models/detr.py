@@ -422,12 +422,14 @@ class ZooDetrDecoder(ZooDetrPreTrainedModel):
 class ZooDetrModelOutput(DetrModelOutput):
     """
     `boxes`: (L, B, Q, 4), each layer's answer where queries are boxes. `proposal_logits` (B, S, C + 1) and
-    `proposal_boxes` (B, S, 4): the cells' own answers, with `query_selection`.
+    `proposal_boxes` (B, S, 4): the cells' own answers, with `query_selection`; `proposal_mask` (B, S), False where
+    a cell is padding, or None without a `pixel_mask`.
     """
 
     boxes: torch.Tensor | None = None
     proposal_logits: torch.Tensor | None = None
     proposal_boxes: torch.Tensor | None = None
+    proposal_mask: torch.Tensor | None = None
 
 
 class Denoising(NamedTuple):
@@ -497,10 +499,10 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
         encoded = self.encoder(tokens, mask, positions, **kwargs)
         memory = encoded.last_hidden_state
 
-        proposal_logits = proposal_boxes = None
+        proposal_logits = proposal_boxes = proposal_mask = None
         contents = self.query_embed.weight.expand(memory.shape[0], -1, -1)  # (B, Q, D)
         if config.query_selection:
-            proposal_logits, proposal_boxes = self.propose(memory, cells)
+            (proposal_logits, proposal_boxes), proposal_mask = self.propose(memory, cells), is_token
             queries = self.select(proposal_logits, proposal_boxes, is_token)
             contents = contents[:, : queries.shape[1]]
         elif config.anchor_queries:
@@ -539,6 +541,7 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
             boxes=decoded.boxes,
             proposal_logits=proposal_logits,
             proposal_boxes=proposal_boxes,
+            proposal_mask=proposal_mask,
         )
 
     def propose(self, memory, cells: Cells):
@@ -549,7 +552,8 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
         return self.classify(self.proposal_class_head, memory), correct(boxes, self.proposal_box_head(memory))
 
     def select(self, logits, boxes, is_token):
-        """The boxes (B, Q, 4) of the cells with the likeliest objects, where there are as many cells."""
+        """The boxes (B, Q, 4) of the cells with the likeliest objects, where there are as many cells. An image with
+        fewer than the largest of its batch, and than queries, gets boxes of its padding for the rest."""
         scores = logits[..., :-1].amax(-1)  # (B, S)
         if is_token is not None:
             scores = scores.masked_fill(~is_token, -math.inf)
@@ -619,7 +623,9 @@ class ZooDetrForObjectDetection(ZooDetrPreTrainedModel):
             predictions = [(logits, boxes)]
             if outputs.proposal_logits is not None:
                 predictions.append((outputs.proposal_logits[None].float(), outputs.proposal_boxes[None]))
-            loss, loss_dict = detection_loss(predictions, targets, config, num_items_in_batch, noised)
+            loss, loss_dict = detection_loss(
+                predictions, targets, config, num_items_in_batch, noised, outputs.proposal_mask
+            )
             auxiliary_outputs = [
                 {"logits": logits[layer], "pred_boxes": boxes[layer]} for layer in range(len(logits) - 1)
             ]

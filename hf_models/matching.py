@@ -135,12 +135,13 @@ def _count(counts, config):
 
 
 @torch.no_grad()
-def match(predictions, targets: Targets, config) -> list[torch.Tensor]:
+def match(predictions, targets: Targets, config, proposal_mask=None) -> list[torch.Tensor]:
     """The cheapest one-to-one assignment of boxes to queries, for each layer and image on its own.
 
     Args:
         predictions: pairs of logits (L, B, Q, C + 1) and boxes (L, B, Q, 4): the decoder's, and where queries are
             selected the encoder's proposals, with another L and Q.
+        proposal_mask: (B, S) bool, False for the proposals of padding, which are given no box. None: of no padding.
 
     Returns:
         for each pair (L, B, Q) int64: which box of its image a query is to predict, or -1 for none.
@@ -161,17 +162,20 @@ def match(predictions, targets: Targets, config) -> list[torch.Tensor]:
         # A sum is finite if all its parts are, and takes a fraction of the time that looking at each part does.
         is_finite = torch.isfinite(logits.sum((2, 3), dtype=torch.float32) + costs.sum((2, 3)))
         tensors += [is_finite, costs]
+    tensors += [] if proposal_mask is None else [proposal_mask]
     sizes = [tensor.numel() for tensor in tensors]
     on_host = torch.cat([tensor.flatten().float() for tensor in tensors]).cpu().split(sizes)  # the one transfer
     is_sound, *rest = (part.view(tensor.shape).numpy() for part, tensor in zip(on_host, tensors, strict=True))
+    is_proposal = None if proposal_mask is None else rest.pop() > 0
     refuse_labels(is_sound, targets)
     refuse_predictions(rest[::2], targets)
     assignments = []
-    for costs in rest[1::2]:
+    for costs, mask in zip(rest[1::2], (None, is_proposal), strict=False):
         assignment = np.full((*costs.shape[:2], costs.shape[3]), -1)
         for layer, image in np.ndindex(costs.shape[:2]):
-            boxes, queries = linear_sum_assignment(costs[layer, image, : targets.counts[image]])
-            assignment[layer, image, queries] = boxes
+            queries = np.arange(costs.shape[3]) if mask is None else np.flatnonzero(mask[image])
+            boxes, chosen = linear_sum_assignment(costs[layer, image, : targets.counts[image]][:, queries])
+            assignment[layer, image, queries[chosen]] = boxes
         assignments.append(torch.from_numpy(assignment))
     flat = send(torch.cat([assignment.flatten() for assignment in assignments]), device)
     parts = flat.split([assignment.numel() for assignment in assignments])
@@ -233,11 +237,11 @@ def refuse_predictions(is_sound, targets: Targets):
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
-def detection_loss(predictions, targets: Targets, config, num_items=None, denoising=None):
+def detection_loss(predictions, targets: Targets, config, num_items=None, denoising=None, proposal_mask=None):
     """The loss of all layers, auxiliary ones included, and its terms.
 
     Args:
-        predictions: as for `match`.
+        predictions, proposal_mask: as for `match`.
         num_items: {"boxes": ..., "class_weights": ...}, what the sums are divided by, of the whole global batch (see
             `count_items`); by default those of `targets`.
         denoising: logits (L, B, G M, C + 1), boxes (L, B, G M, 4) and assignment (B, G M) of `denoising_queries`, if
@@ -254,14 +258,14 @@ def detection_loss(predictions, targets: Targets, config, num_items=None, denois
         "loss_giou": config.giou_loss_coefficient,
     }
     parts = []  # (which suffix each layer has, its terms)
-    for source, (logits, boxes), assignment in zip(
-        ("decoder", "encoder"), predictions, match(predictions, targets, config), strict=False
-    ):
-        terms = set_loss(logits, boxes, assignment, targets, config, num_items)
+    assignments = match(predictions, targets, config, proposal_mask)
+    for source, (logits, boxes), assignment in zip(("decoder", "encoder"), predictions, assignments, strict=False):
         if source == "decoder":
+            terms = set_loss(logits, boxes, assignment, targets, config, num_items)
             terms["cardinality_error"] = cardinality_error(logits, targets)
             parts.append(([*(f"_{layer}" for layer in range(len(logits) - 1)), ""], terms))
         else:
+            terms = set_loss(logits, boxes, assignment, targets, config, num_items, query_mask=proposal_mask)
             parts.append((["_encoder"], terms))
     if denoising is not None:
         logits, boxes, assignment = denoising
@@ -280,13 +284,14 @@ def detection_loss(predictions, targets: Targets, config, num_items=None, denois
     return loss, loss_dict
 
 
-def set_loss(logits, boxes, assignment, targets: Targets, config, num_items, no_object: bool = True):
+def set_loss(logits, boxes, assignment, targets: Targets, config, num_items, no_object: bool = True, query_mask=None):
     """The three terms of each layer, {"loss_ce", "loss_bbox", "loss_giou"}: (L,) in float32.
 
     Args:
         logits, boxes, assignment: (L, B, Q, C + 1), (L, B, Q, 4), (L, B, Q), as for `match`.
         num_items: what the sums are divided by: "class_weights" the cross-entropy, "boxes" all others. 0 counts as 1.
         no_object: whether a query that is given no box is to learn that there is none; else it is left out.
+        query_mask: (B, Q) bool, False for queries without a box that are left out whatever `no_object` says.
     """
     logits, boxes = logits.float(), boxes.float()
     is_matched, box = assignment >= 0, assignment.clamp(min=0)
@@ -304,6 +309,8 @@ def set_loss(logits, boxes, assignment, targets: Targets, config, num_items, no_
         class_loss = binary_class_loss(logits[..., :-1], true_classes.where(is_matched, -1), quality)
         class_loss = class_loss if no_object else class_loss * is_matched
         class_divisor = "boxes"
+    if query_mask is not None:
+        class_loss = class_loss.where(query_mask, 0)
     sums = {
         "loss_ce": (class_loss, class_divisor),
         "loss_bbox": ((boxes - true_boxes).abs().sum(-1).where(is_matched, 0), "boxes"),

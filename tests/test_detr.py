@@ -148,6 +148,32 @@ def test_selected_queries_are_the_likeliest_cells():
         torch.testing.assert_close(chosen[image], outputs.proposal_boxes[image, best])
 
 
+class Patches(torch.nn.Module):
+    """A backbone whose cells do not see what is around them."""
+
+    stride = 8
+
+    def __init__(self, num_channels):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(1, num_channels, kernel_size=8, stride=8)
+
+    def forward(self, pixel_values):
+        return self.convolution(pixel_values)
+
+
+@pytest.mark.parametrize("num_boxes", [3, 25], ids=["few boxes", "more boxes than cells"])
+@pytest.mark.parametrize("kind", ["focal", "varifocal"])
+def test_the_loss_of_an_image_does_not_depend_on_its_padding(kind, num_boxes):
+    model, (pixels, mask, _) = tiny(**{**ALL, "classification_loss": kind}), batch()
+    model.model.backbone = Patches(model.model.input_projection.in_channels)
+    boxes = torch.cat((torch.rand(num_boxes, 2), 0.1 + 0.4 * torch.rand(num_boxes, 2)), dim=1)
+    labels = [{"class_labels": torch.randint(3, (num_boxes,)), "boxes": boxes}]
+    alone = model(pixels[1:, :, :40, :32], labels=labels).loss_dict
+    padded = model(pixels[1:], mask[1:], labels=labels).loss_dict
+    assert "loss_ce_encoder" in alone
+    torch.testing.assert_close(padded, alone)
+
+
 def test_the_same_sight_is_corrected_alike_in_images_of_any_size():
     boxes, correction = torch.tensor([[0.4, 0.6, 0.2, 0.1]]), torch.tensor([[0.5, -0.1, 0.3, -0.2]])
     whole = correct(boxes, correction)

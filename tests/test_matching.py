@@ -240,6 +240,32 @@ def test_proposals_of_the_encoder_are_matched_on_their_own(kind):
         assert_close(terms[f"{name}_encoder"], encoder_terms[name])
 
 
+@pytest.mark.parametrize("counts", [[3, 1], [30, 50]], ids=["few boxes", "more boxes than proposals"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_proposals_of_padding_are_neither_matched_nor_taught(kind, counts):
+    config, labels = make_config(kind), make_labels(counts)
+    decoder, (logits, boxes) = make_predictions(2), make_predictions(2, num_layers=1, num_queries=40)
+    with torch.no_grad():
+        boxes[0, 0, 25] = labels[0]["boxes"][0]  # the best proposal is of padding
+    mask = torch.arange(40) < torch.tensor([[25], [40]])
+    (_, assignment) = match([decoder, (logits, boxes)], targets := pad_labels(labels), config, mask)
+    assert (assignment[0, 0, 25:] == -1).all() and (assignment[0] >= 0).sum(1).tolist() == [
+        min(counts[0], 25),
+        min(counts[1], 40),
+    ]
+    loss, terms = detection_loss([decoder, (logits, boxes)], targets, config, proposal_mask=mask)
+    loss.backward()
+    for gradient in (logits.grad, boxes.grad):
+        assert (gradient[0, 0, 25:] == 0).all() and (gradient[0, 1] != 0).any()
+    num_items = {"boxes": sum(counts)}
+    alone = [
+        loss_of((logits[:, i : i + 1, :end], boxes[:, i : i + 1, :end]), labels[i : i + 1], config, num_items=num_items)
+        for i, end in enumerate((25, 40))
+    ]
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        assert_close(terms[f"{name}_encoder"], sum(part[name] for _, part in alone))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_predictions_have_a_float32_loss(kind):
     logits, boxes = (tensor.detach().bfloat16() for tensor in make_predictions(2))
@@ -392,7 +418,9 @@ def test_the_device_is_waited_for_once(kind, monkeypatch):
         targets = pad_labels(labels)
         queries = denoising_queries(targets, torch.rand(3, 3, 7, 5), config)
         denoising = (*make_predictions(3, num_queries=queries[0].shape[1]), denoising_assignment(targets, 3))
-        loss, _ = detection_loss([make_predictions(3), *encoder], targets, config, denoising=denoising)
+        mask = torch.arange(40).expand(3, -1) < 30 if encoder else None
+        predictions = [make_predictions(3), *encoder]
+        loss, _ = detection_loss(predictions, targets, config, denoising=denoising, proposal_mask=mask)
         loss.backward()
     assert len(transfers) == 1
 
