@@ -598,7 +598,8 @@ class ZooDetrForObjectDetection(ZooDetrPreTrainedModel):
             `loss`, `loss_dict`, and with `auxiliary_loss` the other layers' answers in `auxiliary_outputs`.
 
         Raises:
-            ValueError: labels that do not fit the model, or numbers that are not finite, naming the image.
+            ValueError: labels that do not fit the model, or numbers that are not finite, naming the image; or
+                `num_items_in_batch` is one number or lacks a key.
         """
         config, targets, denoising = self.config, None, None
         if labels is not None:

@@ -250,8 +250,17 @@ def detection_loss(predictions, targets: Targets, config, num_items=None, denois
     Returns:
         the loss, and a dict of its terms under transformers' names: "loss_ce", "loss_bbox", "loss_giou" and
         "cardinality_error" of the last layer, with "_0", "_1", ... of those before, "_encoder" and "_denoising".
+
+    Raises:
+        ValueError: `num_items` is one number or lacks a key; and as `match`.
     """
-    num_items = num_items or _count(targets.counts, config)
+    if num_items is None:
+        num_items = _count(targets.counts, config)
+    if not isinstance(num_items, dict) or not {"boxes", "class_weights"} <= num_items.keys():
+        raise ValueError(
+            'num_items_in_batch must be {"boxes": ..., "class_weights": ...}, as matching.count_items counts them, '
+            f"not {num_items}"
+        )
     coefficients = {
         "loss_ce": config.class_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,

@@ -240,6 +240,12 @@ def test_proposals_of_the_encoder_are_matched_on_their_own(kind):
         assert_close(terms[f"{name}_encoder"], encoder_terms[name])
 
 
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7.0), {"boxes": 7}], ids=str)
+def test_one_number_is_no_divisor_of_two_kinds_of_terms(num_items):
+    with pytest.raises(ValueError, match=r'num_items_in_batch must be {"boxes": .*count_items .*not .*7'):
+        loss_of(make_predictions(2), make_labels([3, 4]), make_config(), num_items=num_items)
+
+
 @pytest.mark.parametrize("counts", [[3, 1], [30, 50]], ids=["few boxes", "more boxes than proposals"])
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_proposals_of_padding_are_neither_matched_nor_taught(kind, counts):
@@ -257,7 +263,7 @@ def test_proposals_of_padding_are_neither_matched_nor_taught(kind, counts):
     loss.backward()
     for gradient in (logits.grad, boxes.grad):
         assert (gradient[0, 0, 25:] == 0).all() and (gradient[0, 1] != 0).any()
-    num_items = {"boxes": sum(counts)}
+    num_items = count_items(labels, config)
     alone = [
         loss_of((logits[:, i : i + 1, :end], boxes[:, i : i + 1, :end]), labels[i : i + 1], config, num_items=num_items)
         for i, end in enumerate((25, 40))
