@@ -255,7 +255,7 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     def check_inputs(self, input_ids, inputs_embeds, position_ids=None):
         """Raises a `ValueError` unless exactly one of the two is there, with no token behind the learned positions:
-        by `position_ids` where they are given (on an accelerator they are not looked at), or else by its place."""
+        by `position_ids` where they are given (see `check_positions`), or else by its place."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.config.position_embedding_type != "learned":
@@ -267,8 +267,17 @@ class ZooPreTrainedModel(PreTrainedModel):
                 f"{num_tokens} tokens, but max_position_embeddings is {limit}: "
                 "cut the input, or use a model with more positions"
             )
-        can_look = position_ids is not None and position_ids.device.type == "cpu" and not is_tracing(position_ids)
-        if can_look and position_ids.numel() and (last := int(position_ids.max())) >= limit:
+        if position_ids is not None:
+            self.check_positions(position_ids)
+
+    def check_positions(self, position_ids):
+        """Raises a `ValueError` for a position behind the learned ones. An accelerator would have to be waited for, so
+        there they are looked at only where there are more than learned ones."""
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type != "learned" or is_tracing(position_ids) or not position_ids.numel():
+            return
+        is_at_hand = position_ids.device.type == "cpu" or position_ids.shape[-1] > limit
+        if is_at_hand and (last := int(position_ids.max())) >= limit:
             raise ValueError(
                 f"position_ids has {last}, but max_position_embeddings is {limit}: "
                 f"give positions from 0 to {limit - 1}, or use a model with more"

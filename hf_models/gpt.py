@@ -138,10 +138,10 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
             use_cache: return such a cache.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more tokens than learned positions;
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a token behind the learned positions;
                 attention maps asked of a backend that does not form them.
         """
-        self.check_inputs(input_ids, inputs_embeds)
+        self.check_inputs(input_ids, inputs_embeds, position_ids)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
@@ -157,6 +157,7 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         if position_ids is None:
             seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens)[None]
+            self.check_positions(position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -255,6 +256,7 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
                 self.lm_head.weight,
                 shift_labels.flatten().to(hidden_states.device),
                 num_items_in_batch,
+                self.lm_head.bias,
             )
         return CausalLMOutputWithPast(
             loss=loss,
