@@ -45,7 +45,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
         query: (B, N, T, H).
         key, value: (B, K, S, H); each of the K heads serves N / K query heads.
         attention_mask: None or a term added to the scores, broadcastable to (B, N, T, S): 0 where a token may be
-            attended to, the most negative number where not, or any bias.
+            attended to, the most negative number where not, or any bias; or whether it may, a bool.
 
     Returns:
         The output (B, T, N, H) and the attention probabilities (B, N, T, S).
@@ -56,7 +56,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
     num_key_heads, num_sources = key.shape[1:3]
     folded = (query * scaling).reshape(batch, num_key_heads, -1, head_dim)
     scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, num_heads, num_tokens, num_sources)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # true where a token may be attended to
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         if attention_mask.dtype != scores.dtype:  # under autocast, where sdpa rounds the mask too
             attention_mask = attention_mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
