@@ -61,7 +61,12 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=No
         weight, bias: (V, D) and None or (V,), of the head.
         targets: (M,), token ids; `ignore_index` where nothing is predicted.
         num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
+
+    Raises:
+        ValueError: another number of targets than of hidden states.
     """
+    if len(targets) != len(hidden_states):
+        raise ValueError(f"{len(hidden_states)} hidden states, but {len(targets)} labels: give a label for each")
     if num_items is None:
         num_items = (targets != ignore_index).sum()
     num_items = as_divisor(num_items, hidden_states.device)

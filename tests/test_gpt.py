@@ -74,6 +74,33 @@ def test_packed_documents_are_as_separate_ones(make_gpt, options, backend, asked
     assert_close(packed, separate, **SAME)
 
 
+def test_packed_documents_may_be_more_tokens_than_there_are_positions(make_gpt):
+    model = make_gpt(max_position_embeddings=8)
+    tokens, position_ids = torch.randint(20, (1, 20)), torch.arange(5).repeat(4)[None]
+    packed = model(tokens, position_ids=position_ids).logits
+    assert_close(packed, torch.cat([model(document).logits for document in tokens.split(5, dim=1)], dim=1), **SAME)
+    with pytest.raises(ValueError, match="position_ids has 8, but max_position_embeddings is 8"):
+        model(tokens[:, :4], position_ids=torch.arange(5, 9)[None])
+    with pytest.raises(ValueError, match="position_ids has 8, but max_position_embeddings is 8"):
+        model.generate(tokens[:, :5], max_new_tokens=6, do_sample=False)
+
+
+def test_a_ready_mask_may_say_true_and_false(make_gpt, options, tokens):
+    for backend in ("eager", "sdpa"):
+        model = make_gpt(attn_implementation=backend, **options)
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+        assert_close(model(tokens, attention_mask=mask).logits, model(tokens).logits, **SAME)
+
+
+def test_a_head_with_a_bias_trains_as_it_is_evaluated(make_gpt, tokens):
+    model = make_gpt(tie_word_embeddings=False)
+    model.set_output_embeddings(torch.nn.Linear(model.config.hidden_size, model.config.vocab_size))
+    expected = model(tokens, labels=tokens).loss
+    assert_close(model.train()(tokens, labels=tokens).loss, expected, **SAME)
+    with pytest.raises(ValueError, match="9 hidden states, but 36 labels"):
+        model(tokens, labels=tokens, logits_to_keep=3)
+
+
 def test_attention_maps_are_lower_triangles(make_gpt, options, tokens):
     model = make_gpt(**options)
     outputs = model(tokens, output_hidden_states=True, output_attentions=True)
