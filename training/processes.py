@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, reduce
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from training.arguments import RunArguments, one_line
 
@@ -68,6 +69,13 @@ def create_accelerator(args: RunArguments) -> Accelerator:
         speed_up_cpu_matmul()
     torch.manual_seed(args.seed)
     return accelerator
+
+
+def keep_inputs(model: FSDPModule):
+    """Leaves what the whole model is given in float32. FSDP2's mixed precision rounds all that a module is given to
+    bfloat16: right for the activations of a block, wrong for boxes and for what the loss is divided by."""
+    state = model._get_fsdp_state()  # there is no public way for one module
+    state._mp_policy = replace(state._mp_policy, cast_forward_inputs=False)
 
 
 def micro_batches(args: RunArguments, rank: int, num_processes: int) -> list[range]:

@@ -188,9 +188,14 @@ def test_two_machines(trainers, single, tmp_path):
     assert_close(tmp_path / "run", single)
 
 
-@pytest.mark.parametrize(("processes", "environment"), [(1, {}), (2, FSDP2)], ids=["one process", "FSDP2"])
-def test_bf16_with_gradient_checkpointing_keeps_losses_in_float32(trainers, tmp_path, processes, environment):
-    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_steps": 4, **EVERY_STEP}
+@pytest.mark.parametrize(
+    ("processes", "environment", "script"),
+    [(1, {}, "train_gpt"), (2, FSDP2, "train_gpt"), (2, FSDP2, "train_detr")],
+    ids=["one process", "FSDP2", "FSDP2, a detector"],
+)
+def test_bf16_with_gradient_checkpointing_keeps_losses_in_float32(trainers, tmp_path, processes, environment, script):
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_steps": 4, "script": script}
+    options |= EVERY_STEP
     if processes == 1:
         trainers.run(tmp_path / "run", **options)
     else:

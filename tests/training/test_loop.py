@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.faults.conftest import trainers  # noqa: F401
 from tests.faults.processes import checkpoint_names, files, in_a_process, losses, read_metrics
@@ -18,7 +21,7 @@ from training import loop, resume
 from training.arguments import RunArguments
 from training.checkpoint import Checkpoints
 from training.loop import count, identify, move, seed_from, train
-from training.processes import fastest_attention, micro_batches, speed_up_cpu_matmul
+from training.processes import fastest_attention, keep_inputs, micro_batches, speed_up_cpu_matmul
 from training.results import MetricsLog
 
 FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema_decay": 0.0}
@@ -72,6 +75,24 @@ def test_seeds_depend_on_every_number_and_on_nothing_else():
     seeds = [seed_from(*numbers) for numbers in [(1,), (2,), (1, 0), (0, 1), (1, 2), (1, 2, 0), (2, 1), (1, 2, 0, 0)]]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_from(1, 2) == 1826972086523782664
+
+
+def test_what_an_fsdp2_model_is_given_is_not_rounded(tmp_path):
+    """Though its weights and what its blocks are given are: 261 would become 260."""
+
+    def forward():
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model, given = torch.nn.Sequential(torch.nn.Linear(1, 1)), {}
+        for name, module in (("block", model[0]), ("model", model)):
+            module.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0]}))
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        keep_inputs(model)
+        model(torch.tensor([261.0]))
+        assert given["model"].dtype == torch.float32 and given["model"] == 261
+        assert given["block"].dtype == torch.bfloat16
+
+    assert in_a_process(forward) == 0
 
 
 def test_the_faster_products_are_as_exact():
