@@ -28,7 +28,14 @@ from training.arguments import RunArguments, one_line, print_error, user_errors
 from training.checkpoint import Checkpoints, gather_training_state
 from training.costs import Costs, measured_costs
 from training.optim import EMA, create_optimizers, learning_rate_factor
-from training.processes import StopRequest, create_accelerator, micro_batches, on_main_process, sum_over_processes
+from training.processes import (
+    StopRequest,
+    create_accelerator,
+    keep_inputs,
+    micro_batches,
+    on_main_process,
+    sum_over_processes,
+)
 from training.results import MetricsLog
 from training.resume import compare_with_best, resume, return_to_best
 from training.run_folder import RunLock, check_identity, move_aside
@@ -140,6 +147,7 @@ def train(
             asked to stop (code 0, saved), or a loss is not finite (code 3).
     """
     output_dir = Path(args.output_dir)
+    identity = {**identity, "mixed_precision": accelerator.mixed_precision}  # as the launcher may have it, too
     stop = StopRequest()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -154,6 +162,8 @@ def train(
         rate_scales=rate_scales,
     )
     model, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.is_fsdp2:
+        keep_inputs(model)
     forward = torch.compile(model) if args.compile else model
     ema = EMA(model, args.ema_decay) if args.ema_decay else None
     checkpoints = Checkpoints(output_dir / "checkpoints", keep=args.keep_checkpoints)
@@ -332,7 +342,7 @@ def refuse_non_finite(accelerator, args, step, shares, losses):
     if accelerator.is_main_process:
         print_error(
             f"the {what} (samples {step * args.global_batch_size} and on); the weights were not updated and nothing "
-            "was saved. Lower --learning_rate or look at these samples"
+            "was saved. Look at these samples, or lower --learning_rate in another --output_dir or with --restart"
         )
     accelerator.end_training()
     raise SystemExit(3)

@@ -371,6 +371,14 @@ def test_a_run_is_continued_by_the_same_command_and_refused_to_another(tmp_path)
     assert "betas" not in said and (tmp_path / "run" / "run.json").read_bytes() == before
 
 
+def test_an_earlier_version_did_not_say_its_precision(tmp_path):
+    check_identity(tmp_path, {"seed": 0})
+    check_identity(tmp_path, {"seed": 0, "mixed_precision": "bf16"})
+    check_identity(tmp_path / "new", {"seed": 0, "mixed_precision": "bf16"})
+    with pytest.raises(ValueError, match="mixed_precision: this run has no, --output_dir holds bf16"):
+        check_identity(tmp_path / "new", {"seed": 0, "mixed_precision": "no"})
+
+
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     for refused in (lambda: check_identity(tmp_path, {}), lambda: move_aside(tmp_path)):
