@@ -140,6 +140,8 @@ def finish(
             if WEIGHTS.fullmatch(path.name) and not (staging / path.name).exists():  # of another number of shards
                 path.unlink()
         for path in sorted(staging.iterdir()):
+            if path.is_dir():  # as a tokenizer's templates; a folder does not take the place of another
+                shutil.rmtree(output_dir / path.name, ignore_errors=True)
             os.replace(path, output_dir / path.name)
         staging.rmdir()
         code = snippet(args.output_dir, task)
@@ -183,7 +185,19 @@ def launch_command(args: RunArguments, accelerator: Accelerator) -> str:
         words += ["--use_fsdp", "--fsdp_version", "2"]
     if args.mixed_precision is None and accelerator.mixed_precision != "no":
         words += ["--mixed_precision", accelerator.mixed_precision]
-    return shlex.join([*words, *(public_path(word) for word in sys.argv)])
+    return shlex.join([*words, *(public_path(word) for word in without_one_time_options(sys.argv))])
+
+
+def without_one_time_options(words: list[str]) -> list[str]:
+    """The words of a command without what whoever repeats it would not want: to publish, or to begin again."""
+    kept, is_value = [], False
+    for word in words:
+        name = word.split("=")[0]
+        is_option = name in ("--restart", "--push_to_hub", "--hub_private", "--hub_model_id")
+        if not is_option and not (is_value and not word.startswith("--")):
+            kept.append(word)
+        is_value = is_option and "=" not in word
+    return kept
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
