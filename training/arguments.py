@@ -259,7 +259,7 @@ def _convert(text, annotation, where: str):
     """The value of type `annotation` that `text` spells; `where` names the option in the error."""
     choices = typing.get_args(annotation)
     if type(None) in choices:
-        if text in ("", "~", "null", "none"):
+        if isinstance(text, str) and text.lower() in ("", "~", "null", "none"):
             return None
         return _convert(text, next(choice for choice in choices if choice is not type(None)), where)
     try:

@@ -66,7 +66,8 @@ def test_flags_can_be_set_and_unset(tmp_path):
 def test_optional_values_can_be_set_back_to_none(tmp_path):
     file = recipe(tmp_path, "micro_batch_size: 4\n")
     assert parse("--recipe", file).micro_batch_size == 4
-    assert parse("--recipe", file, "--micro_batch_size", "none").micro_batch_size is None
+    for none in ("none", "None", "null", ""):
+        assert parse("--recipe", file, "--micro_batch_size", none).micro_batch_size is None
 
 
 def test_the_output_folder_is_named_after_the_recipe_or_the_script(tmp_path, monkeypatch):
