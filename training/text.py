@@ -35,7 +35,8 @@ IGNORED_LABEL = -100
 
 
 class TokenCache:
-    """Token ids of the splits in memory-mapped files, `meta.json` beside them. Raises ValueError if damaged."""
+    """Token ids of the splits in memory-mapped files, `meta.json` beside them. Raises ValueError if one is missing or
+    of the wrong size."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
