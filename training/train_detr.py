@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from accelerate.utils import gather_object
+from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
@@ -113,12 +114,24 @@ def read_data(args: DetrArguments, num_channels: int | None) -> DetectionData:
     return read_detection(args.data, label_names=label_names, num_channels=num_channels, **options)
 
 
-def create_model(args: DetrArguments, images: DetectionData, device) -> ZooDetrForObjectDetection:
+def is_stock(config: PreTrainedConfig) -> bool:
+    return config.model_type in ZooDetrConfig.stock_model_types
+
+
+def create_model(
+    args: DetrArguments, start: PreTrainedConfig, images: DetectionData, device
+) -> ZooDetrForObjectDetection:
     """The model that `--model` names for the classes of the data, its backbone with the weights it is to begin with.
+    start: the config of what it names.
+
+    From a stock checkpoint all decoder layers are trained, as in the paper, unless `--config` has its own
+    `auxiliary_loss`: there the option is off to detect, and published checkpoints have it so.
 
     Raises ValueError if those do not fit, or are missing where the backbone cannot learn without."""
     # The cells of an image are many, and the fused kernel is the faster one for them on a CPU too.
     fields = {"num_channels": images.num_channels, "attn_implementation": "sdpa"}
+    if is_stock(start):
+        fields["auxiliary_loss"] = True
     model = create_image_model(args.model, ZooDetrForObjectDetection, device, args.config, images.label_names, **fields)
     config: ZooDetrConfig = model.config
     if args.backbone_weights is not None:
@@ -164,7 +177,7 @@ def main():
         with user_errors():
             start = starting_config(args.model, ZooDetrForObjectDetection)
             images = read_data(args, args.num_channels or (start.num_channels if args.backbone_is_trained else None))
-            model = create_model(args, images, accelerator.device)
+            model = create_model(args, start, images, accelerator.device)
             shortest_edge, longest_edge = choose_edges(args, images)
             mean, std = choose_normalisation(args, images)
             changes = {name: getattr(args, name) for name in CHANGES}
@@ -183,6 +196,11 @@ def main():
             )
             for note in images.notes:
                 accelerator.print(f"note: {note}")
+            if is_stock(start) and model.config.auxiliary_loss and not start.auxiliary_loss:
+                accelerator.print(
+                    f"note: auxiliary_loss is true, though false in {args.model}: every decoder layer is trained, as "
+                    "in the paper; --config auxiliary_loss=false trains the last one only"
+                )
             identity = identify(
                 args,
                 model,

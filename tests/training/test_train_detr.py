@@ -131,12 +131,13 @@ class Begun(Exception):
 
 
 def begin(folder, monkeypatch, **options) -> SimpleNamespace:
-    """What `train` is called with."""
+    """What `train` is called with, and what was printed before."""
     calls = []
     names = ("args", "accelerator", "model", "data", "evaluate", "identity")
 
     def begun(*values, **more):
-        calls.append(SimpleNamespace(**dict(zip(names, values, strict=True)), **more))
+        printed = sys.stdout.getvalue()
+        calls.append(SimpleNamespace(**dict(zip(names, values, strict=True)), **more, printed=printed))
         raise Begun
 
     monkeypatch.setattr(train_detr, "train", begun)
@@ -180,20 +181,37 @@ def test_from_scratch_images_are_normalised_by_their_own_statistics(shapes, tmp_
     assert found.rate_scales == {"model.backbone": 1.0} and found.monitor is None
 
 
-def test_stock_checkpoints_are_gone_on_from(tmp_path):
+def save_stock_detr(folder: Path, **options):
     widths = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2] * 4}  # a ResNet-18
     backbone = ResNetConfig(**widths, layer_type="basic", out_features=["stage4"])
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_labels": 4}
-    stock = DetrForObjectDetection(DetrConfig(backbone_config=backbone, use_timm_backbone=False, **sizes, **heads))
-    stock.save_pretrained(tmp_path)
-    DetrImageProcessorPil(size={"shortest_edge": 40, "longest_edge": 60}).save_pretrained(tmp_path)
+    stock = DetrForObjectDetection(
+        DetrConfig(backbone_config=backbone, use_timm_backbone=False, **sizes, **heads, **options)
+    )
+    stock.save_pretrained(folder)
+    DetrImageProcessorPil(size={"shortest_edge": 40, "longest_edge": 60}).save_pretrained(folder)
+
+
+def test_stock_checkpoints_are_gone_on_from(tmp_path):
+    save_stock_detr(tmp_path)
     model_class = hf_models.ZooDetrForObjectDetection
     model = create_image_model(str(tmp_path), model_class, CPU, label_names=["a", "b"], num_channels=3)
     assert model(torch.zeros(1, 3, 40, 40)).logits.shape == (1, 5, 3) and model.config.id2label == {0: "a", 1: "b"}
     args, images = DetrArguments(model=str(tmp_path)), SimpleNamespace(num_channels=3)
     assert choose_edges(args, images) == (40, 60)
     assert choose_normalisation(args, images) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "trained"), [(False, None, True), (False, "auxiliary_loss=false", False), (True, None, True)]
+)
+def test_all_decoder_layers_of_a_stock_checkpoint_are_trained(shapes, tmp_path, monkeypatch, saved, given, trained):
+    save_stock_detr(tmp_path / "stock", auxiliary_loss=saved)
+    options = {"data": shapes, "model": tmp_path / "stock", "config": given, "shortest_edge": None}
+    found = begin(tmp_path, monkeypatch, **options)
+    assert (found.model.config.auxiliary_loss, found.model.config.repeats_norm) == (trained, saved)
+    assert ("note: auxiliary_loss is true, though false in" in found.printed) == (trained and not saved)
 
 
 @pytest.mark.parametrize(
