@@ -19,6 +19,7 @@ from training import decoding
 from training.canvases import embedded_canvases
 from training.detection_files import (
     BoxSet,
+    Splits,
     choose_splits,
     find_coco,
     find_voc,
@@ -153,7 +154,7 @@ def read_detection(
     data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such and of the
         images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml; a folder that `datasets` has
         saved, or parquet files, or a Hub data set, "name" or "name:config".
-    validation_data: other data of these kinds to validate on.
+    validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
     validation_split: "val" or "test", to validate on; by default "val" where there is one, or else "test".
     validation_fraction: held out where the data has neither: the images with the smallest sha256, by `seed`.
     image_column, objects_column: of a data set; see `read_objects`.
@@ -174,23 +175,25 @@ def read_detection(
         raise ValueError(f"validation_split must be 'val' or 'test', not {validation_split!r}")
     if num_channels not in (None, 1, 3):
         raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
-    columns = image_column, objects_column
+    columns, notes = (image_column, objects_column), []
     path = Path(data).expanduser()
     source = path.resolve().name if path.exists() else data
-    if validation_data is None:
-        train, *held_out = _read(data, validation_split, columns)
-    else:
-        train, held_out = _read(data, None, columns)[0], [_read(validation_data, validation_split, columns)[-1]]
+    splits = _read(data, validation_split if validation_data is None else None, columns)
+    train = splits.pop("train")
+    if validation_data is not None:
+        splits = _read(validation_data, validation_split, columns, trains=False)
+    elif "test" in splits and validation_split is None:
+        notes.append("validating on the test part, since there is no other")
     digests = train.images.digests()
-    if held_out:
-        validation = held_out[0]
+    if splits:
+        [validation] = splits.values()
         held_out_digests = validation.images.digests()
     else:
         is_held_out = hold_out(digests, None, validation_fraction, seed)
         parts = [np.flatnonzero(is_held_out == held_out) for held_out in (False, True)]
         train, validation = [train.select(part) for part in parts]
         digests, held_out_digests = [[digests[index] for index in part] for part in parts]
-    notes = overlap(digests, held_out_digests, validation)
+    notes += overlap(digests, held_out_digests, validation)
     names, ids, category_ids = _number_classes(train, validation, label_names, data)
     channels, _ = look_at(train, num_channels, data)
     options = {"num_channels": channels, "decoder": Decoder(num_workers), "limit": BadImageLimit(max_bad_images)}
@@ -207,47 +210,44 @@ def read_detection(
 # ------------------------------------------------------------------------------------------------- kinds of data
 
 
-def _read(data: str, validation_split: str | None, columns: tuple[str, str]) -> list[BoxSet]:
-    """The part to train on, and the one to validate on if there is one."""
+def _read(data: str, validation_split: str | None, columns: tuple[str, str], trains: bool = True) -> Splits:
+    """The part to train on, and the one to validate on if there is one; with `trains` off, one to validate on."""
     path = Path(data).expanduser()
+
+    def chosen(found: dict[str, Any], read: Callable[[Any], BoxSet]) -> Splits:
+        return {split: read(found[split]) for split in choose_splits(found, validation_split, data, trains)}
+
+    def from_datasets(found) -> Splits:
+        found = found if isinstance(found, dict) else {"train": found}
+        found = {split_of(name): (name, part) for name, part in found.items()}
+        return chosen(found, lambda part: read_objects(part[1], f"{data}, split {part[0]}", *columns))
+
     if data == "embedded":
-        return _chosen(embedded_canvases(), validation_split, data, lambda boxes: boxes)
+        return chosen(embedded_canvases(), lambda boxes: boxes)
     if path.suffix == ".json" and path.is_file():
-        return [read_coco(path)]
+        return {"train": read_coco(path)}
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         import datasets
 
-        return _from_datasets(datasets.load_from_disk(str(path)), validation_split, data, columns)
+        return from_datasets(datasets.load_from_disk(str(path)))
     if path.is_dir() and any(path.rglob("*.parquet")):
-        return _from_datasets(load_local(str(path)), validation_split, data, columns)
+        return from_datasets(load_local(str(path)))
     if path.suffix == ".parquet" and path.is_file():
-        return _from_datasets(load_local("parquet", data_files=str(path)), validation_split, data, columns)
+        return from_datasets(load_local("parquet", data_files=str(path)))
     if path.is_dir() and (found := find_voc(path)):
-        return _chosen(found, validation_split, data, lambda files: read_voc(path, files))
+        return chosen(found, lambda files: read_voc(path, files))
     if path.is_dir() and (found := find_coco(path)):
-        return _chosen(found, validation_split, data, read_coco)
+        return chosen(found, read_coco)
     if path.is_dir() or (path.suffix in (".yaml", ".yml") and path.is_file()):
         found, names = find_yolo(path)
         if found:
-            return _chosen(found, validation_split, data, lambda folder: read_yolo(folder, names))
+            return chosen(found, lambda folder: read_yolo(folder, names))
     if path.exists():
         raise ValueError(
             f"{path}: neither a COCO .json nor a YOLO .yaml file, nor a folder with annotations/*.json (COCO), "
             "Annotations/*.xml (Pascal VOC), images/ and labels/ (YOLO) or a saved data set"
         )
-    return _from_datasets(load_hub(data), validation_split, data, columns)
-
-
-def _chosen(found: dict[str, Any], validation_split: str | None, data: str, read: Callable) -> list[BoxSet]:
-    return [read(found[split]) for split in choose_splits(found, validation_split, data)]
-
-
-def _from_datasets(found, validation_split: str | None, data: str, columns: tuple[str, str]) -> list[BoxSet]:
-    found = found if isinstance(found, dict) else {"train": found}
-    found = {split_of(name): (name, part) for name, part in found.items()}
-    return _chosen(
-        found, validation_split, data, lambda part: read_objects(part[1], f"{data}, split {part[0]}", *columns)
-    )
+    return from_datasets(load_hub(data))
 
 
 # -------------------------------------------------------------------------------------------------------- classes

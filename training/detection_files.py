@@ -62,13 +62,17 @@ class BoxSet:
 Splits = dict[str, BoxSet]  # "train", and "val" or "test" where one of them is there
 
 
-def choose_splits(found: Container[str], wanted: str | None, source: object) -> list[str]:
-    """Those to read: to train on, and where there are such to validate on: `wanted`, or else "val", or else "test"."""
-    if "train" not in found:
-        raise ValueError(f"{source} has no part to train on, only {', '.join(found)}")
+def choose_splits(found: Container[str], wanted: str | None, source: object, trains: bool = True) -> list[str]:
+    """Those to read: "train", and where there are such to validate on: `wanted`, or else "val", or else "test". With
+    `trains` off only the latter, or else "train"."""
     if wanted is not None and wanted not in found:
         raise ValueError(f"{source} has no part {wanted!r}: choose another validation_split of {', '.join(found)}")
-    return ["train", *[split for split in ([wanted] if wanted else ["val", "test"]) if split in found][:1]]
+    held_out = [wanted] if wanted else [split for split in ("val", "test") if split in found][:1]
+    if held_out and not trains:
+        return held_out
+    if "train" not in found:
+        raise ValueError(f"{source} has no part to {'train' if trains else 'validate'} on, only {', '.join(found)}")
+    return ["train", *held_out]
 
 
 # ---------------------------------------------------------------------------------------------------------- COCO

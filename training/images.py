@@ -72,7 +72,7 @@ def read_images(
         val/ or test/; a folder with idx files (the MNIST format), or one of them; a .csv, .json, .jsonl or .parquet
         file with a column of paths, relative to it, or (parquet) of contents; a folder that `datasets` has saved; or
         a Hub data set, "name" or "name:config".
-    validation_data: other data of these kinds to validate on.
+    validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
     validation_fraction: held out of each class where the data has no part for validation: the images with the
         smallest sha256, so that neither order nor duplicates matter. `seed` chooses others.
     label_names: the classes in the order of their ids, by default sorted or as the data set has them. Labels that
@@ -112,7 +112,9 @@ def read_images(
     splits = _read(data, *columns)
     notes = []
     if validation_data is not None:
-        splits = {"train": splits["train"], "val": _read(validation_data, *columns)["train"]}
+        held_out = _read(validation_data, *columns, trains=False)
+        held_out = next(held_out[split] for split in ("val", "test", "train") if split in held_out)
+        splits = {"train": splits["train"], "val": held_out}
     train, validation = splits["train"], splits.get("val") or splits.get("test")
     if validation is not None and "val" not in splits:
         notes.append("validating on the test part, since there is no other")
@@ -148,20 +150,20 @@ def read_images(
 # ------------------------------------------------------------------------------------------------ kinds of data
 
 
-def _read(data: str, image_column: str, label_column: str | None) -> Splits:
-    """The splits of what `data` names, "train" among them."""
+def _read(data: str, image_column: str, label_column: str | None, trains: bool = True) -> Splits:
+    """The splits of what `data` names, "train" among them, or with `trains` off at least one."""
     path, labelled = Path(data).expanduser(), label_column is not None
     if data == "embedded":
         return embedded_digits()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         import datasets
 
-        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column)
+        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column, trains=trains)
     if path.is_dir():
         if idx := [file for file in path.iterdir() if is_idx(file)]:
             return read_idx(idx, labelled)
         if any(path.rglob("*.parquet")):
-            return _from_datasets(load_local(str(path)), path, image_column, label_column)
+            return _from_datasets(load_local(str(path)), path, image_column, label_column, trains=trains)
         return read_folder(path, labelled)
     if is_idx(path):
         return read_idx([path], labelled)
@@ -187,16 +189,20 @@ def load_local(*names, **options):
         ) from error
 
 
-def _from_datasets(found, path: Path, image_column: str, label_column: str | None, source: str = "") -> Splits:
+def _from_datasets(
+    found, path: Path, image_column: str, label_column: str | None, source: str = "", trains: bool = True
+) -> Splits:
     """The splits of a `datasets.DatasetDict`, or of a `datasets.Dataset`, which is to train on."""
     source = source or str(path)
     if not isinstance(found, dict):
         found = {"train": found}
-    if "train" not in found:
-        raise ValueError(f"{source} has no split 'train', only {sorted(found)}")
+    names = [name for name in needed(found, "validation") if name in found]
+    if not names or (trains and "train" not in found):
+        wanted = "'train'" if trains else "'validation', 'test' or 'train'"
+        raise ValueError(f"{source} has no split {wanted}, only {sorted(found)}")
     splits = {
         name: read_dataset(found[name], f"{source}, split {name}", image_column, label_column, root_of(path))
-        for name in needed(found, "validation")
+        for name in names
     }
     return {name.replace("validation", "val"): split for name, split in splits.items()}
 

@@ -60,7 +60,9 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
         "optimization",
     )
 
-    validation_data: str | None = option(None, "images to validate on, where `data` has no such part", "images")
+    validation_data: str | None = option(
+        None, "other images to validate on: their part for that, or else all of them", "images"
+    )
     validation_split: Literal["val", "test"] | None = option(None, "part of the data to validate on", "images")
     validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
     image_column: str = option("image", "column of the image, in a data set of the Hub", "images")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,30 @@ def test_the_split_to_validate_on_is_chosen_or_held_out(tmp_path):
     ids = data.train.image_ids + data.validation.image_ids
     assert sorted(ids) == list(range(100, 120))
     assert len(read(file, validation_data=root).validation) == 2
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_data_to_validate_on_alone_has_no_need_of_a_part_to_train_on(kind, tmp_path):
+    train = written.write_coco(tmp_path / "train")
+    data = tmp_path / "data"
+    if kind == "saved":
+        written.write_saved(data)
+        shutil.rmtree(data / "train")
+        (data / "dataset_dict.json").write_text('{"splits": ["validation"]}')
+    elif kind == "coco":
+        written.write_coco_folder(data, ("val2017",))
+    else:
+        data.mkdir()
+        {"voc": written.write_voc, "yolo": written.write_yolo}[kind](data, (("test", (2, 3)),))
+    assert len(read(train, validation_data=data).validation) == {"saved": 1, "coco": 4}.get(kind, 2)
+    with pytest.raises(ValueError, match="data has no part to train on, only "):
+        read(data)
+
+
+def test_the_test_part_is_validated_on_where_there_is_no_other_and_that_is_noted(tmp_path):
+    root = written.write_voc(tmp_path, (("train", (0, 1)), ("test", (2, 3))))
+    assert read(root).notes == ["validating on the test part, since there is no other"]
+    assert not read(root, validation_split="test").notes
 
 
 def test_the_fingerprint_covers_images_boxes_and_names(tmp_path):

@@ -407,7 +407,23 @@ def test_a_data_set_is_read_from_where_it_was_saved(tmp_path, form):
     whole = read_images(str(data), validation_data=str(data))
     assert torch.equal(all_pixels(whole.train)[5], torch.tensor(np.array(picture(5))).permute(2, 0, 1))
     assert whole.train.labels.tolist() == [0, 1] * 10
-    assert whole.notes == ["20 of 20 validation images are training images too: " + whole.notes[0].split(": ")[1]]
+    assert len(whole.validation) == (6 if sizes == (20, 6) else 20)
+    if sizes != (20, 6):
+        assert whole.notes == ["20 of 20 validation images are training images too: " + whole.notes[0].split(": ")[1]]
+
+
+def test_data_to_validate_on_alone_has_no_need_of_a_part_to_train_on(tmp_path):
+    train = write_classes(tmp_path / "train", {"even": 4, "odd": 4})
+    parts = {"train": make_dataset(6), "validation": make_dataset(2, first=100), "test": make_dataset(4, first=200)}
+    for names, count in ((("validation", "test"), 2), (("train", "test"), 4), (("test",), 4), (("train",), 6)):
+        data = tmp_path / "-".join(names)
+        datasets.DatasetDict({name: parts[name] for name in names}).save_to_disk(data)
+        assert len(read_images(train, validation_data=str(data)).validation) == count
+    with pytest.raises(ValueError, match=r"test has no split 'train', only \['test'\]"):
+        read_images(str(tmp_path / "test"))
+    datasets.DatasetDict({"other": parts["test"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other has no split 'validation', 'test' or 'train', only \['other'\]"):
+        read_images(train, validation_data=str(tmp_path / "other"))
 
 
 def test_the_hub_s_classes_columns_and_splits_are_checked(tmp_path, monkeypatch):
