@@ -18,6 +18,7 @@ from torch import Tensor
 from training import decoding
 from training.canvases import embedded_canvases
 from training.detection_files import (
+    BOX_FORMATS,
     BoxSet,
     Splits,
     choose_splits,
@@ -30,7 +31,7 @@ from training.detection_files import (
     read_yolo,
 )
 from training.documents import fingerprint_of, load_hub, split_of
-from training.image_files import label_ids, unknown_label
+from training.image_files import StoredImages, label_ids, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.images import hold_out, load_local, look_at, overlap
 
@@ -143,6 +144,7 @@ def read_detection(
     validation_fraction: float = 0.1,
     image_column: str = "image",
     objects_column: str = "objects",
+    box_format: str = "xywh",
     label_names: list[str] | None = None,
     num_channels: int | None = None,
     max_bad_images: float = 0.01,
@@ -157,7 +159,7 @@ def read_detection(
     validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
     validation_split: "val" or "test", to validate on; by default "val" where there is one, or else "test".
     validation_fraction: held out where the data has neither: the images with the smallest sha256, by `seed`.
-    image_column, objects_column: of a data set; see `read_objects`.
+    image_column, objects_column, box_format: of a data set with a column of objects; see `read_objects`.
     label_names: the classes in the order of their ids; by default in the order of the data's own ids, or sorted.
     num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
     max_bad_images: the part of the images that may be missing or unreadable; those are replaced.
@@ -175,7 +177,9 @@ def read_detection(
         raise ValueError(f"validation_split must be 'val' or 'test', not {validation_split!r}")
     if num_channels not in (None, 1, 3):
         raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
-    columns, notes = (image_column, objects_column), []
+    if box_format not in BOX_FORMATS:
+        raise ValueError(f"box_format must be {' or '.join(BOX_FORMATS)}, not {box_format!r}")
+    columns, notes = (image_column, objects_column, box_format), []
     path = Path(data).expanduser()
     source = path.resolve().name if path.exists() else data
     splits = _read(data, validation_split if validation_data is None else None, columns)
@@ -184,6 +188,8 @@ def read_detection(
         splits = _read(validation_data, validation_split, columns, trains=False)
     elif "test" in splits and validation_split is None:
         notes.append("validating on the test part, since there is no other")
+    if box_format != "xywh" and not any(part.box_format for part in (train, *splits.values())):
+        raise ValueError(f"box_format is for data sets with a column of objects, which {data} is not: leave it out")
     digests = train.images.digests()
     if splits:
         [validation] = splits.values()
@@ -210,7 +216,7 @@ def read_detection(
 # ------------------------------------------------------------------------------------------------- kinds of data
 
 
-def _read(data: str, validation_split: str | None, columns: tuple[str, str], trains: bool = True) -> Splits:
+def _read(data: str, validation_split: str | None, columns: tuple[str, str, str], trains: bool = True) -> Splits:
     """The part to train on, and the one to validate on if there is one; with `trains` off, one to validate on."""
     path = Path(data).expanduser()
 
@@ -289,6 +295,9 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
     limits = sizes[images][:, [1, 0, 1, 0]].reshape(-1, 4)
     corners = np.array([box.corners for box in boxes.boxes], np.float64).reshape(-1, 4)
     corners = corners * limits if boxes.in_fractions else corners
+    if boxes.box_format == "xywh":
+        chosen = is_sound[images]
+        _refuse_corners(corners[chosen], limits[chosen], images[chosen], boxes.images)
     cut = np.clip(corners, 0, limits)
     is_empty = (corners[:, 2:] <= corners[:, :2]).any(1)
     is_outside = ~is_empty & (cut[:, 2:] <= cut[:, :2]).any(1) & is_sound[images]
@@ -311,3 +320,20 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
         kept.append(box._replace(corners=(left, top, right, bottom), area=area))
     sizes[~is_sound] = 1  # bad images, which are replaced
     return sizes, kept
+
+
+def _refuse_corners(corners: np.ndarray, limits: np.ndarray, images: np.ndarray, source: StoredImages):
+    """Raises ValueError if boxes that were read as xywh seem to be xyxy: most reach out of their images, and as xyxy
+    every one would be sound.
+
+    corners: (n, 4), as they were read. limits: (n, 4), width and height of their images, twice. images: (n,).
+    """
+    written = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    reach_out = (corners > limits + 1).any(1)
+    is_sound = ((written >= -1) & (written <= limits + 1)).all(1) & (written[:, 2:] > written[:, :2]).all(1)
+    if is_sound.all() and reach_out.sum() > len(corners) / 2:
+        raise ValueError(
+            f"{reach_out.sum()} of {len(corners)} boxes, as left, top, width and height, reach out of their images "
+            f"({source.name(images[reach_out][0])}, ...), but none as left, top, right and bottom: give "
+            "--box_format xyxy"
+        )

@@ -50,12 +50,13 @@ class BoxSet:
     category_ids: list[int | str] | None = None  # what the file calls them
     in_fractions: bool = False  # the corners, of width and height, not pixels
     license: str | None = None
+    box_format: str | None = None  # one of `BOX_FORMATS`, where someone had to say which
 
     def select(self, indices: np.ndarray) -> "BoxSet":
         place = {int(index): number for number, index in enumerate(indices)}
         boxes = [box._replace(image=place[box.image]) for box in self.boxes if box.image in place]
         image_ids = [self.image_ids[index] for index in indices]
-        rest = (self.class_names, self.category_ids, self.in_fractions, self.license)
+        rest = (self.class_names, self.category_ids, self.in_fractions, self.license, self.box_format)
         return BoxSet(self.images.select(indices), self.sizes[indices], boxes, image_ids, *rest)
 
 
@@ -401,13 +402,17 @@ def _read_line(line: str, place: int, names: list[str] | None, where: str) -> Bo
 
 # ----------------------------------------------------------------------------------------------------- data sets
 
+BOX_FORMATS = ("xywh", "xyxy")  # left, top, width and height, or left, top, right and bottom
 BOX_KEYS = ("bbox", "boxes", "box", "bboxes")
 LABEL_KEYS = ("category", "label", "category_id", "labels", "categories", "class")
 
 
-def read_objects(dataset, source: str, image_column: str, objects_column: str) -> BoxSet:
-    """One split of a data set with a column of images and one of objects: of each its bbox (left, top, width and height
-    in pixels, as COCO) and its category (a class, a number or a name); area and iscrowd where they are there."""
+def read_objects(dataset, source: str, image_column: str, objects_column: str, box_format: str = "xywh") -> BoxSet:
+    """One split of a data set with a column of images and one of objects: of each its bbox in pixels, in one of
+    `BOX_FORMATS`, and its category (a class, a number or a name); area and iscrowd where they are there.
+
+    Raises ValueError naming the column that is missing or holds something else, or the row that is wrong.
+    """
     import datasets
 
     dataset, _ = undecoded(dataset, source, image_column, None)
@@ -430,7 +435,9 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str) -
         objects = found if isinstance(found, list) else _rows_of(found, box_key, f"{source}, row {place + 1}")
         for item in objects:
             where = f"{source}, row {place + 1}"
-            left, top, width, height = _numbers(item[box_key], 4, f"{where}: {box_key}")
+            left, top, right, bottom = _numbers(item[box_key], 4, f"{where}: {box_key}")
+            if box_format == "xywh":
+                right, bottom = left + right, top + bottom
             label, area = item[label_key], item.get("area")
             if label is None:
                 raise ValueError(f"{where}: a box without {label_key}")
@@ -438,7 +445,7 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str) -
                 Box(
                     place,
                     str(label) if class_names is None else name_of(label, class_names, where),
-                    (left, top, left + width, top + height),
+                    (left, top, right, bottom),
                     None if area is None else _numbers([area], 1, f"{where}: area")[0],
                     bool(item.get("iscrowd")),
                 )
@@ -450,7 +457,8 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str) -
     image_ids = list(dataset["image_id"]) if "image_id" in dataset.features else list(range(len(dataset)))
     images = DatasetImages(dataset, image_column, source)
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    return BoxSet(images, sizes, boxes, image_ids, class_names, license=dataset.info.license or None)
+    license = dataset.info.license or None
+    return BoxSet(images, sizes, boxes, image_ids, class_names, license=license, box_format=box_format)
 
 
 def _object_features(feature) -> dict:

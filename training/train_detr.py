@@ -67,6 +67,9 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
     validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
     image_column: str = option("image", "column of the image, in a data set of the Hub", "images")
     objects_column: str = option("objects", "column of its boxes and their classes", "images")
+    box_format: Literal["xywh", "xyxy"] = option(
+        "xywh", "left and top of such a box, then width and height or right and bottom", "images"
+    )
     label_names: str | None = option(None, "classes in the order of their ids: 'cat,dog'", "images")
     shortest_edge: int | None = option(
         None,
@@ -110,7 +113,7 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
 def read_data(args: DetrArguments, num_channels: int | None) -> DetectionData:
     """The images that `--data` names, with their boxes."""
     names = ("validation_data", "validation_split", "validation_fraction", "image_column", "objects_column")
-    names += ("max_bad_images", "num_workers", "seed")
+    names += ("box_format", "max_bad_images", "num_workers", "seed")
     label_names = args.label_names and [name.strip() for name in args.label_names.split(",")]
     options = {name: getattr(args, name) for name in names}
     return read_detection(args.data, label_names=label_names, num_channels=num_channels, **options)

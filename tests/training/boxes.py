@@ -92,17 +92,23 @@ def write_yolo(root, splits=(("train", (0, 1, 2)), ("val", (3,)))) -> str:
     return str(root)
 
 
-def write_saved(root, named=True, images=IMAGES) -> str:
+def write_saved(root, named=True, images=IMAGES, box_format="xywh") -> str:
     """What `datasets` saves, with the column "objects" of a Hub data set."""
     import datasets
 
     category = datasets.ClassLabel(names=NAMES) if named else datasets.Value("int64")
     kind = {"bbox": datasets.List(datasets.Value("float32"), length=4), "category": category}
     features = datasets.Features({"image": datasets.Image(), "objects": datasets.List(kind)})
+
+    def written(left, top, width, height):
+        return [left, top, *((width, height) if box_format == "xywh" else (left + width, top + height))]
+
     rows = [
         {
             "image": {"bytes": content(picture(number, size)), "path": None},
-            "objects": [{"bbox": box, "category": NAMES.index(name) + (0 if named else 5)} for name, *box in objects],
+            "objects": [
+                {"bbox": written(*box), "category": NAMES.index(name) + (0 if named else 5)} for name, *box in objects
+            ],
         }
         for number, (size, objects) in enumerate(images)
     ]

@@ -80,6 +80,32 @@ def test_numbers_without_names_are_classes_too_whatever_their_gaps(tmp_path):
     assert read(tmp_path / "yolo", label_names=NAMES).train.classes(0).tolist() == [0, 1]
 
 
+def test_boxes_of_a_data_set_may_be_written_as_corners(tmp_path):
+    data = read(written.write_saved(tmp_path / "corners", box_format="xyxy"), box_format="xyxy")
+    same = read(written.write_saved(tmp_path / "sides"))
+    assert data.fingerprint == same.fingerprint and not data.notes
+    assert read(tmp_path / "sides", box_format="xyxy").fingerprint != data.fingerprint
+
+
+def test_corners_that_are_read_as_sides_are_refused(tmp_path):
+    images = [((30, 40), [("cat", 20, 15, 15, 10), ("dog", 22, 16, 8, 9)]), *IMAGES[1:]]
+    written.write_saved(tmp_path / "corners", images=images, box_format="xyxy")
+    said = r"2 of 3 boxes, as left, top, width and height, .*split train, row 1, .*: give --box_format xyxy"
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / "corners")
+    images = [
+        ((30, 40), [("cat", 20, 15, 25, 20), ("dog", 20, 9, 18, 29)]),
+        *IMAGES[1:],
+    ]  # none ends at 18 that begins at 20
+    assert len(read(written.write_saved(tmp_path / "sides", images=images)).notes) == 1  # cut at the border
+    for options, message in (
+        ({"box_format": "cxcywh"}, "box_format must be xywh or xyxy, not 'cxcywh'"),
+        ({"box_format": "xyxy"}, "box_format is for data sets with a column of objects, which embedded is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read("embedded", **options)
+
+
 def test_boxes_are_fractions_with_their_corners(tmp_path):
     rows = read(written.write_voc(tmp_path / "voc")).train
     assert rows.boxes(0).tolist() == [[0.25, pytest.approx(1 / 6), 0.75, pytest.approx(2 / 3)], [0, 0, 0.2, 1]]
