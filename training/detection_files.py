@@ -334,9 +334,10 @@ def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[st
         tried = [root / place, path.parent / place, path.parent / place.removeprefix("../")]
         if (found := next((folder for folder in tried if folder.exists()), None)) is not None:
             roots[split] = found
-        elif split == "train":
+        elif split != "test" or "val" not in roots:  # else it is not asked for
             raise ValueError(
-                f"{path}: train is {place!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}"
+                f"{path}: {split} is {place!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}; put it "
+                "there or remove the line"
             )
     return roots, list(map(str, names))
 

@@ -189,6 +189,11 @@ def test_a_yolo_data_set_is_described_by_its_yaml(tmp_path):
     assert [len(data) for data in (read(file).train, read(file).validation)] == [2, 1]
     for text, message in (
         ("train: nowhere\nnames: [a]", "train is 'nowhere', but there is no .*nowhere"),
+        (
+            "train: images/train\nval: nowhere\nnames: [dog, cat]",
+            "pets.yaml: val is 'nowhere', but .*; put it there or",
+        ),
+        ("train: images/train\ntest: nowhere\nnames: [dog, cat]", "pets.yaml: test is 'nowhere', but there is no"),
         ("train: images/train\nnames: {1: a}", "names must be numbered from 0 without a gap, not 1"),
         ("train: images/train\nnames: 7", "names must be a list, not 7"),
         ("train: [a, b]\nnames: [a]", "train must be one folder or list of files"),
@@ -197,6 +202,8 @@ def test_a_yolo_data_set_is_described_by_its_yaml(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read(file)
+    file.write_text("train: images/train\nval: images/val\ntest: nowhere\nnames: [dog, cat]")
+    assert len(read(file).validation) == 1
 
 
 def write_side_by_side(root, kind):
