@@ -245,9 +245,9 @@ def _read(data: str, validation_split: str | None, columns: tuple[str, str, str]
     if path.is_dir() and (found := find_coco(path)):
         return chosen(found, read_coco)
     if path.is_dir() or (path.suffix in (".yaml", ".yml") and path.is_file()):
-        found, names = find_yolo(path)
+        found, *rest = find_yolo(path)
         if found:
-            return chosen(found, lambda folder: read_yolo(folder, names))
+            return chosen(found, lambda folder: read_yolo(folder, *rest))
     if path.exists():
         raise ValueError(
             f"{path}: neither a COCO .json nor a YOLO .yaml file, nor a folder with annotations/*.json (COCO), "

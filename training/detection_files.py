@@ -272,12 +272,13 @@ def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------------------- YOLO
 
 
-def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None]:
-    """The folder of images, or the list of their files, of each split, and the names of the classes.
+def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None, int]:
+    """The folder of images, or the list of their files, of each split; the names of the classes; and how many numbers
+    say where an object's keypoints are.
 
     path: a data set's .yaml file, or a folder with one, or else with images/ and labels/, either of which may have
         folders train/ and val/; or train/images/, train/labels/ and so on. Classes are named in the .yaml file or,
-        one a line, in classes.txt.
+        one a line, in classes.txt. Only a .yaml file tells of keypoints.
     """
     settings = [path] if path.is_file() else sorted({*path.glob("*.yaml"), *path.glob("*.yml")})
     settings = [
@@ -296,7 +297,7 @@ def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None]:
     if not roots and root.is_dir() and (path / "labels").is_dir():
         roots = {"train": root}
     lists = [file for file in (path / "classes.txt", path / "labels" / "classes.txt") if file.is_file()]
-    return roots, [name for file in lists[:1] for _, name in _lines(file)] or None
+    return roots, [name for file in lists[:1] for _, name in _lines(file)] or None, 0
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -315,7 +316,7 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
 
 
-def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[str]]:
+def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[str], int]:
     names = settings["names"]
     if isinstance(names, dict):
         if sorted(names) != list(range(len(names))):
@@ -339,13 +340,17 @@ def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[st
                 f"{path}: {split} is {place!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}; put it "
                 "there or remove the line"
             )
-    return roots, list(map(str, names))
+    shape = settings.get("kpt_shape") or [0]
+    if not isinstance(shape, list) or not all(isinstance(count, int) and count >= 0 for count in shape):
+        raise ValueError(f"{path}: kpt_shape must be a number of keypoints and one of values of each, not {shape!r}")
+    return roots, list(map(str, names)), math.prod(shape)
 
 
-def read_yolo(root: Path, names: list[str] | None) -> BoxSet:
+def read_yolo(root: Path, names: list[str] | None, num_keypoint_values: int = 0) -> BoxSet:
     """A folder of images, or a list of them, and the text files beside them or in labels/ instead of images/: a line
-    for each box, with the class's number and, as fractions of the image, centre x and y, width and height; or with the
-    corners of a polygon, around which the box is.
+    for each box, with the class's number and, as fractions of the image, centre x and y, width and height, and where
+    the data has such `num_keypoint_values`, which are not used; or with the corners of a polygon, around which the box
+    is.
 
     Raises ValueError naming the file and line that is none of these, or the text without an image.
     """
@@ -359,7 +364,8 @@ def read_yolo(root: Path, names: list[str] | None) -> BoxSet:
         raise ValueError(f"{repeated} belongs to several images: give each image a name of its own")
     for place, text in enumerate(texts):
         if text.is_file():
-            boxes += [_read_line(line, place, names, f"{text}, line {number}") for number, line in _lines(text)]
+            for number, line in _lines(text):
+                boxes.append(_read_line(line, place, names, num_keypoint_values, f"{text}, line {number}"))
     if root.is_dir():
         known = {*texts, *(text.parent / "classes.txt" for text in texts)}
         folders = {text.parent for text in texts}
@@ -382,7 +388,7 @@ def _text_of(image: Path) -> Path:
     return Path(*parts)
 
 
-def _read_line(line: str, place: int, names: list[str] | None, where: str) -> Box:
+def _read_line(line: str, place: int, names: list[str] | None, num_keypoint_values: int, where: str) -> Box:
     try:
         number, *values = map(float, line.split())
         values = _numbers(values, len(values), where)
@@ -391,13 +397,14 @@ def _read_line(line: str, place: int, names: list[str] | None, where: str) -> Bo
     if number != int(number) or number < 0 or (names and number >= len(names)):
         known = f"the {len(names)} classes, 0 to {len(names) - 1}" if names else "the whole numbers from 0"
         raise ValueError(f"{where}: class {number:g} is none of {known}")
-    if len(values) == 4:
-        x, y, width, height = values
+    if len(values) in (4, 4 + num_keypoint_values):
+        x, y, width, height = values[:4]
         corners = x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    elif len(values) >= 6 and len(values) % 2 == 0:
+    elif len(values) >= 6 and len(values) % 2 == 0 and not num_keypoint_values:
         corners = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
     else:
-        raise ValueError(f"{where}: expected a class and 4 numbers, or those of a polygon, not {len(values)} behind it")
+        others = f"{4 + num_keypoint_values} with keypoints" if num_keypoint_values else "those of a polygon"
+        raise ValueError(f"{where}: expected a class and 4 numbers, or {others}, not {len(values)} behind it")
     return Box(place, names[int(number)] if names else str(int(number)), corners)
 
 

@@ -248,6 +248,21 @@ def test_the_box_of_a_yolo_polygon_is_around_it(tmp_path):
     assert read(tmp_path).train.boxes(1).tolist() == [pytest.approx([0.1, 0.2, 0.3, 0.9])]
 
 
+@pytest.mark.parametrize(("shape", "keypoints"), [("[3, 2]", "0 0 0.1 1 1 0.2"), ("[1, 3]", "0.1 1 2")])
+def test_the_box_of_a_yolo_pose_is_the_one_before_its_keypoints(tmp_path, shape, keypoints):
+    written.write_yolo(tmp_path)
+    text, settings = tmp_path / "labels/train/1.txt", tmp_path / "pose.yaml"
+    text.write_text(f"1 0.5 0.5 0.2 0.4 {keypoints}\n")
+    settings.write_text(f"train: images/train\nval: images/val\nkpt_shape: {shape}\nnames: [cat, dog]\n")
+    assert read(settings).train.boxes(1).tolist() == [pytest.approx([0.4, 0.3, 0.6, 0.7])]
+    text.write_text(f"1 0.5 0.5 0.2 0.4 {keypoints} 0 0\n")
+    with pytest.raises(ValueError, match=r"1.txt, line 1: expected a class and 4 numbers, or \d+ with keypoints, not"):
+        read(settings)
+    settings.write_text("train: images/train\nkpt_shape: many\nnames: [cat, dog]\n")
+    with pytest.raises(ValueError, match="pose.yaml: kpt_shape must be a number of keypoints and one of .*not 'many'"):
+        read(settings)
+
+
 # -------------------------------------------------------------------------------------------------- what is wrong
 
 
