@@ -100,18 +100,23 @@ def find_coco(root: Path) -> dict[str, Path]:
 def read_coco(path: Path) -> BoxSet:
     """One annotation file of COCO's format (Lin et al. 2014, "object instances"), and the images beside it.
 
-    Classes get ids from 0 in the order of their category ids. Raises ValueError naming the file, and the line and
-    column of broken JSON or the image or annotation that is wrong.
+    Classes get ids from 0 in the order of their category ids. Annotations need no id of their own. Raises ValueError
+    naming the file, and the line and column of broken JSON or the entry that is wrong.
     """
     content = _read_json(path)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and _is_id(entry, "id") for entry in entries
-        ):
-            raise ValueError(f"{path}: no list {key!r} of objects with an id, as COCO's format has it")
-    categories = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
-    images = {entry["id"]: entry for entry in content["images"]}
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: no list {key!r}, as COCO's format has it")
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: {key}[{place}] must be an object, not {entry!r}")
+            if key != "annotations" and _id(entry, "id") is None:
+                raise ValueError(
+                    f"{path}: {key}[{place}] needs an id, a whole number or a text, not {entry.get('id')!r}"
+                )
+    categories = {_id(entry, "id"): str(entry.get("name", _id(entry, "id"))) for entry in content["categories"]}
+    images = {_id(entry, "id"): entry for entry in content["images"]}
     for key, known in (("categories", categories), ("images", images)):
         if len(known) < len(content[key]):
             raise ValueError(f"{path}: several of the {key} have the same id; give each its own")
@@ -124,19 +129,20 @@ def read_coco(path: Path) -> BoxSet:
         names.append(image["file_name"])
     places = {image_id: place for place, image_id in enumerate(images)}
     boxes: list[list[Box]] = [[] for _ in names]
-    for annotation in content["annotations"]:
-        where = f"{path}, annotation {annotation['id']}"
-        if not _is_id(annotation, "image_id") or annotation["image_id"] not in places:
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"{path}, annotation {annotation['id']}" if "id" in annotation else f"{path}, annotations[{number}]"
+        image_id, category_id = _id(annotation, "image_id"), _id(annotation, "category_id")
+        if image_id not in places:
             raise ValueError(f"{where}: there is no image {annotation.get('image_id')!r}; add it or remove this")
-        if not _is_id(annotation, "category_id") or annotation["category_id"] not in categories:
+        if category_id not in categories:
             raise ValueError(f"{where}: there is no category {annotation.get('category_id')!r}; add it or remove this")
         left, top, width, height = _numbers(annotation.get("bbox"), 4, f"{where}: bbox")
         area = annotation.get("area")
-        place = places[annotation["image_id"]]
+        place = places[image_id]
         boxes[place].append(
             Box(
                 place,
-                categories[annotation["category_id"]],
+                categories[category_id],
                 (left, top, left + width, top + height),
                 None if area is None else _numbers([area], 1, f"{where}: area")[0],
                 bool(annotation.get("iscrowd")),
@@ -154,8 +160,14 @@ def read_coco(path: Path) -> BoxSet:
     )
 
 
-def _is_id(entry: dict, key: str) -> bool:
-    return isinstance(entry.get(key), int | str)
+def _id(entry: dict, key: str) -> int | str | None:
+    value = _whole(entry.get(key))
+    return value if isinstance(value, int | str) else None
+
+
+def _whole(value: Any) -> Any:
+    """An int for a float that is one; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _read_json(path: Path) -> Any:
@@ -176,7 +188,7 @@ def _numbers(values: Any, count: int, where: str) -> list[float]:
 
 def _size(entry: dict, where: str) -> tuple[int, int]:
     """Height and width, or zeros."""
-    size = entry.get("height") or 0, entry.get("width") or 0
+    size = _whole(entry.get("height")) or 0, _whole(entry.get("width")) or 0
     if not all(isinstance(side, int) and side >= 0 for side in size):
         raise ValueError(f"{where}: height and width must be whole numbers, not {size}")
     return size if all(size) else (0, 0)

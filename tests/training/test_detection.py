@@ -280,11 +280,19 @@ def test_the_box_of_a_yolo_pose_is_the_one_before_its_keypoints(tmp_path, shape,
         (lambda c: c["annotations"][2].update(bbox=7), "annotation 2: bbox must be 4 finite numbers, not"),
         (lambda c: c["annotations"][2].update(image_id=[1]), r"annotation 2: there is no image \[1\]"),
         (lambda c: c["annotations"][2].update(area="big"), "annotation 2: area must be 1 finite number, not"),
-        (lambda c: c["annotations"][2].pop("id"), "no list 'annotations' of objects with an id"),
-        (lambda c: c.pop("categories"), "no list 'categories' of objects with an id, as COCO's format has it"),
+        (lambda c: c["annotations"][2].pop("image_id"), "annotation 2: there is no image None"),
+        (lambda c: c["annotations"].append({}), r"boxes.json, annotations\[6\]: there is no image None"),
+        (lambda c: c["annotations"].append([7]), r"boxes.json: annotations\[6\] must be an object, not \[7\]"),
+        (
+            lambda c: c["images"][2].pop("id"),
+            r"boxes.json: images\[2\] needs an id, a whole number or a text, not None",
+        ),
+        (lambda c: c["categories"][1].update(id=0.5), r"boxes.json: categories\[1\] needs an id, .*, not 0.5"),
+        (lambda c: c.pop("categories"), "no list 'categories', as COCO's format has it"),
         (lambda c: c["images"][2].update(id=100), "several of the images have the same id"),
         (lambda c: c["images"][2].pop("file_name"), "image 102 has no file_name"),
         (lambda c: c["images"][2].update(width="40"), "image 102: height and width must be whole numbers"),
+        (lambda c: c["images"][2].update(width=40.5), "image 102: height and width must be whole numbers"),
         (lambda c: c["categories"][1].update(name="cat"), "several categories have the same name; rename them"),
         (
             lambda c: [image.update(file_name="x.png") for image in c["images"]],
@@ -300,6 +308,20 @@ def test_what_is_wrong_in_a_coco_file_is_named(change, message, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "boxes.json")
+
+
+def test_a_coco_file_may_have_whole_numbers_as_floats_and_annotations_without_ids(tmp_path):
+    file = Path(written.write_coco(tmp_path))
+    strict, content = read(file), json.loads(file.read_text())
+    for key in ("images", "annotations", "categories"):
+        for entry in content[key]:
+            entry |= {name: float(value) for name, value in entry.items() if isinstance(value, int)}
+    for annotation in content["annotations"]:
+        del annotation["id"]
+    file.write_text(json.dumps(content))
+    data = read(file)
+    assert data.fingerprint == strict.fingerprint and data.train.image_ids == strict.train.image_ids
+    assert [str(number) for number in data.category_ids] == ["3", "7"]
 
 
 def test_a_broken_file_is_named_with_the_place_where_it_breaks(tmp_path):
