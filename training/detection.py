@@ -300,8 +300,8 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
         _refuse_corners(corners[chosen], limits[chosen], images[chosen], boxes.images)
     cut = np.clip(corners, 0, limits)
     is_empty = (corners[:, 2:] <= corners[:, :2]).any(1)
-    is_outside = ~is_empty & (cut[:, 2:] <= cut[:, :2]).any(1) & is_sound[images]
-    is_over = ~is_empty & ~is_outside & (abs(cut - corners) > 1).any(1) & is_sound[images]
+    is_outside = ~is_empty & (cut[:, 2:] <= cut[:, :2]).any(1)
+    is_over = ~is_empty & ~is_outside & (abs(cut - corners) > 1).any(1)
     is_difficult = np.array([box.is_difficult for box in boxes.boxes], bool)
     for chosen, what in (
         (is_empty, "boxes of zero area left out"),
@@ -309,11 +309,12 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
         (is_over, "boxes cut at the border of their image"),
         (is_difficult, "boxes marked as difficult used like the others"),
     ):
+        chosen &= is_sound[images]  # of the others nothing is known
         if chosen.any():
             named = list(dict.fromkeys(boxes.images.name(image) for image in images[chosen][:50].tolist()))
             notes.append(f"{chosen.sum()} {what} ({', '.join(named[:3] + ['...'] * (len(named) > 3))})")
     kept = []
-    for number in np.flatnonzero(~is_empty & ~is_outside & is_sound[images]).tolist():
+    for number in np.flatnonzero(~(is_empty | is_outside) & is_sound[images]).tolist():
         box = boxes.boxes[number]
         left, top, right, bottom = cut[number].tolist()
         area = (right - left) * (bottom - top) if box.area is None else box.area

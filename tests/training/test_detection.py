@@ -388,6 +388,13 @@ def test_boxes_are_cut_at_the_border_and_those_without_area_are_left_out_and_nam
     ]
 
 
+def test_the_boxes_of_an_unreadable_image_are_not_said_to_be_empty(tmp_path):
+    written.write_yolo(tmp_path)
+    (tmp_path / "images/train/0.png").write_bytes(b"nothing")
+    data = read(tmp_path)
+    assert not data.notes and data.train.count_boxes() == 1
+
+
 def test_what_is_no_data_set_of_boxes_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: neither a COCO .json nor a YOLO .yaml file, nor a folder with"):
