@@ -10,7 +10,10 @@ from .resnet import RESNETS, FrozenBatchNorm, ResNet, find_resnet, stock_resnet_
 
 
 def make_backbone(config) -> nn.Module:
-    """The convolutional network, or the `AutoBackbone`, with batch norms frozen: they may not depend on a batch."""
+    """The convolutional network, or the `AutoBackbone`, with batch norms frozen: they may not depend on a batch.
+
+    Raises a `ValueError` for a backbone with batch norms that compute something else besides.
+    """
     if config.backbone_config is None:
         backbone = ResNet(config.backbone, config.num_channels, config.backbone_norm, config.dilation)
         if config.backbone_norm == "frozen_batch":
@@ -23,7 +26,12 @@ def make_backbone(config) -> nn.Module:
     backbone = AutoBackbone.from_config(config.backbone_config)
     for name, module in list(backbone.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
-            backbone.set_submodule(name, FrozenBatchNorm(module.num_features))
+            if type(module).forward is not nn.BatchNorm2d.forward:
+                raise ValueError(
+                    f"backbone_config: {name} of {type(backbone).__name__} is a {type(module).__name__}, which does "
+                    "more than batch norm and cannot be frozen: choose a backbone with BatchNorm2d, or without batch norm"
+                )
+            backbone.set_submodule(name, FrozenBatchNorm(module.num_features, module.eps))
     return backbone
 
 

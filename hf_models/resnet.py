@@ -63,10 +63,9 @@ class FrozenBatchNorm(nn.Module):
     """Batch norm (Ioffe and Szegedy 2015) with statistics and factors that do not change: one factor and one summand
     per channel, which the convolution before it takes into its own weights."""
 
-    eps = 1e-5
-
-    def __init__(self, num_channels: int):
+    def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, torch.empty(num_channels))
         initialise_resnet(self)

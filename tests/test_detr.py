@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForObjectDetection, ResNetConfig
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
 
-from hf_models import ZooDetrConfig, ZooDetrForObjectDetection, ZooDetrModel, ZooViTConfig, create_model
+from hf_models import ZooDetrConfig, ZooDetrForObjectDetection, ZooDetrModel, ZooViTConfig, backbones, create_model
 from hf_models.cells import SpatialPrior, correct, locate_cells
 from hf_models.matching import count_items
 
@@ -269,6 +269,24 @@ def test_frozen_batch_norm_computes_what_a_trained_one_does_in_evaluation():
     model.backbone.load_state_dict(stock.state_dict(), strict=False)
     pixels, _, _ = batch()
     torch.testing.assert_close(model.backbone(pixels).feature_maps[-1], stock.eval()(pixels).feature_maps[-1])
+
+
+class NormAndActivation(torch.nn.BatchNorm2d):
+    def forward(self, images):
+        return super().forward(images).relu()
+
+
+def test_frozen_batch_norm_keeps_the_eps_and_takes_no_others_place(monkeypatch):
+    def make(norm):
+        backbone = ResNetBackbone(BACKBONES["stock resnet"])
+        backbone.embedder.embedder.normalization = norm
+        monkeypatch.setattr(backbones.AutoBackbone, "from_config", lambda config: backbone)
+        return tiny(ZooDetrModel, backbone_config=BACKBONES["stock resnet"]).backbone
+
+    frozen = make(torch.nn.BatchNorm2d(8, eps=0.5)).embedder.embedder.normalization
+    torch.testing.assert_close(frozen(torch.ones(1, 8, 1, 1)), torch.full((1, 8, 1, 1), 1.5**-0.5))
+    with pytest.raises(ValueError, match="backbone_config: embedder.embedder.normalization .* NormAndActivation"):
+        make(NormAndActivation(8))
 
 
 @pytest.mark.parametrize(
