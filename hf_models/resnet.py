@@ -7,6 +7,7 @@ B batch, C channels, H and W height and width of the image or of a feature map
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -331,7 +332,8 @@ def load_backbone_weights(resnet: ResNet, source: str | Path | dict[str, torch.T
 
     Args:
         source: key names and tensors; or a file of them (safetensors, or one of `torch.save`); or a folder or a
-            repository on the Hub with such a file. The names are transformers', timm's and torchvision's, or ours.
+            repository on the Hub with such a file. The names are transformers', timm's and torchvision's, or ours; of
+            a ResNet alone, a classifier or a DETR.
 
     Raises:
         ValueError: no such file, or names or shapes in it that do not fit; the message says which.
@@ -342,7 +344,7 @@ def load_backbone_weights(resnet: ResNet, source: str | Path | dict[str, torch.T
     renamings = timm_renamings("^", starts) + stock_renamings("^", starts)
     renamed = {}
     for key, tensor in weights.items():
-        key = rename(key, renamings)
+        key = re.sub(r"^(model\.)?backbone\.(?=stem\.|stages\.)", "", rename(key, renamings))
         if key.startswith(("stem.", "stages.")) and not key.endswith(".num_batches_tracked"):
             renamed[key] = tensor
     own = resnet.state_dict()

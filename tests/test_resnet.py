@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from hf_models import resnet
+from hf_models import ZooDetrConfig, ZooDetrForObjectDetection, ZooDetrModel, resnet
 from hf_models.resnet import (
     RESNETS,
     FrozenBatchNorm,
@@ -174,6 +174,17 @@ def test_our_own_weights_are_read_too():
     one, other = (ResNet("resnet-nano", norm="group") for _ in range(2))
     load_backbone_weights(other, one.state_dict())
     assert all(torch.equal(other.state_dict()[name], weight) for name, weight in one.state_dict().items())
+
+
+@pytest.mark.parametrize("model_class", [ZooDetrModel, ZooDetrForObjectDetection])
+def test_the_backbone_of_our_own_detector_is_read_too(model_class, tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_queries": 3}
+    config = ZooDetrConfig(backbone="basic", num_encoder_layers=1, num_decoder_layers=1, **sizes)
+    theirs, ours = randomise_norms(model_class(config)), ResNet("basic")
+    theirs.save_pretrained(tmp_path)
+    load_backbone_weights(ours, tmp_path)
+    backbone = getattr(theirs, "model", theirs).backbone.state_dict()
+    assert all(torch.equal(ours.state_dict()[name], weight) for name, weight in backbone.items())
 
 
 @every_kind
