@@ -29,7 +29,7 @@ def make_backbone(config) -> nn.Module:
             if type(module).forward is not nn.BatchNorm2d.forward:
                 raise ValueError(
                     f"backbone_config: {name} of {type(backbone).__name__} is a {type(module).__name__}, which does "
-                    "more than batch norm and cannot be frozen: choose a backbone with BatchNorm2d, or without batch norm"
+                    "more than batch norm and cannot be frozen: choose a backbone with BatchNorm2d or other norms"
                 )
             backbone.set_submodule(name, FrozenBatchNorm(module.num_features, module.eps))
     return backbone
