@@ -91,8 +91,8 @@ class ZooDetrConfig(TransformerConfig):
             `anchor_queries` and a focal loss.
         num_denoising_groups: how many times the true boxes are given to the decoder in training, with noise, to be put
             right (Li et al. 2022, "DN-DETR"); needs `anchor_queries`.
-        box_noise, label_noise: how far such a box moves and grows at most, as a part of its size, and how often its
-            class is another one.
+        box_noise, label_noise: the part of its size by which such a box grows or shrinks at most, and by half of which
+            its centre moves at most; and how often its class is drawn anew.
 
     `TransformerConfig` explains the rest.
     """

@@ -242,7 +242,8 @@ class CocoDetection(evaluate.Metric):
     """Average precision and recall of boxes as COCO has them (Lin et al. 2014; cocodataset.org/#detection-eval).
 
     `map` is the mean over the classes and over ten least overlaps (IoU) from 0.5 to 0.95, `map_50` and `map_75` that at
-    one of them; `map_small`, `map_medium` and `map_large` count boxes of areas below 32**2, below 96**2 and above.
+    one of them; `map_small`, `map_medium` and `map_large` count boxes of areas up to 32**2, from there to 96**2, and
+    from there on: a box of just 32**2 or 96**2 counts in two of them.
     `mar_1`, `mar_10` and `mar_100` are recalls with so many boxes of a class in an image at most. `per_class_map` has a
     number for each class. As in COCO what there is no true box for is -1, and crowds are neither found nor missed.
 

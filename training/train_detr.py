@@ -76,7 +76,11 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
         f"pixels of an image's shorter side; None: the checkpoint's, or as the images are, at most {MOST_PIXELS}",
         "images",
     )
-    longest_edge: int | None = option(None, "most pixels of the longer side; None: 5/3 of the shorter one's", "images")
+    longest_edge: int | None = option(
+        None,
+        "most pixels of the longer side; None: 5/3 of shortest_edge, or if that is None too the checkpoint's",
+        "images",
+    )
     max_bad_images: float = option(0.01, "part of the images that may be missing or unreadable", "images")
     num_workers: int = option(2, "processes of each trainer that decode image files", "images")
     eval_batch_size: int = option(16, "images of an evaluation batch", "images")
