@@ -253,7 +253,7 @@ def _read(data: str, validation_split: str | None, columns: tuple[str, str, str]
             f"{path}: neither a COCO .json nor a YOLO .yaml file, nor a folder with annotations/*.json (COCO), "
             "Annotations/*.xml (Pascal VOC), images/ and labels/ (YOLO) or a saved data set"
         )
-    return from_datasets(load_hub(data))
+    return from_datasets(load_hub(data, trains=False))
 
 
 # -------------------------------------------------------------------------------------------------------- classes

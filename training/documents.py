@@ -149,9 +149,9 @@ def split_of(name: str) -> str:
     return "" if found is None else found[1].replace("dev", "val")
 
 
-def load_hub(data: str, streaming: bool = False):
+def load_hub(data: str, streaming: bool = False, trains: bool = True):
     """The splits of a Hub data set, "name" or "name:config". Raises ValueError if `data` rather looks like a file, or
-    the data set cannot be loaded or has nothing to train on."""
+    the data set cannot be loaded or, with `trains`, has nothing to train on."""
     import datasets
 
     is_file_name = Path(data.removesuffix(".gz")).suffix in FILE_SUFFIXES
@@ -163,7 +163,7 @@ def load_hub(data: str, streaming: bool = False):
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script of its own
         message = f"{data!r} is no local file or folder, and as a Hub data set it cannot be loaded: {error}"
         raise ValueError(message) from error
-    if "train" not in splits:
+    if trains and "train" not in splits:
         raise ValueError(f"Hub data set {data!r} has no split 'train', only {sorted(splits)}")
     return splits
 

@@ -261,8 +261,6 @@ def read_folder(root: Path, labelled: bool) -> Splits:
     names = {name: split_of(name) for name in top if split_of(name) or any(_image_files(root / name))}
     if not names or not all(names.values()):
         return {"train": _read_classes(root, labelled)}
-    if "train" not in names.values():
-        raise ValueError(f"{root} has only {', '.join(names)}, nothing to train on: add a folder train")
     if len(set(names.values())) < len(names):
         raise ValueError(f"{root} has several folders for one split: {', '.join(names)}; leave one of each")
     folders = {split: root / name for name, split in names.items()}
@@ -270,8 +268,9 @@ def read_folder(root: Path, labelled: bool) -> Splits:
 
 
 def needed(splits: Container[str], validation: str = "val") -> list[str]:
-    """Those to read: a test part is for validation where there is no other."""
-    return ["train", *[split for split in (validation, "test") if split in splits][:1]]
+    """Those to read, of those that there are: a test part is for validation where there is no other."""
+    held_out = [split for split in (validation, "test") if split in splits]
+    return ["train"] * ("train" in splits) + held_out[:1]
 
 
 def _read_classes(root: Path, labelled: bool) -> ImageSet:

@@ -110,9 +110,11 @@ def read_images(
         return ImageData(train, validation, names, num_channels or 3, None, fingerprint, source, license)
 
     splits = _read(data, *columns)
+    if "train" not in splits:
+        raise ValueError(f"{data} has no part to train on, only {', '.join(splits)}")
     notes = []
     if validation_data is not None:
-        held_out = _read(validation_data, *columns, trains=False)
+        held_out = _read(validation_data, *columns)
         held_out = next(held_out[split] for split in ("val", "test", "train") if split in held_out)
         splits = {"train": splits["train"], "val": held_out}
     train, validation = splits["train"], splits.get("val") or splits.get("test")
@@ -150,20 +152,20 @@ def read_images(
 # ------------------------------------------------------------------------------------------------ kinds of data
 
 
-def _read(data: str, image_column: str, label_column: str | None, trains: bool = True) -> Splits:
-    """The splits of what `data` names, "train" among them, or with `trains` off at least one."""
+def _read(data: str, image_column: str, label_column: str | None) -> Splits:
+    """The splits of what `data` names, at least one."""
     path, labelled = Path(data).expanduser(), label_column is not None
     if data == "embedded":
         return embedded_digits()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         import datasets
 
-        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column, trains=trains)
+        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column)
     if path.is_dir():
         if idx := [file for file in path.iterdir() if is_idx(file)]:
             return read_idx(idx, labelled)
         if any(path.rglob("*.parquet")):
-            return _from_datasets(load_local(str(path)), path, image_column, label_column, trains=trains)
+            return _from_datasets(load_local(str(path)), path, image_column, label_column)
         return read_folder(path, labelled)
     if is_idx(path):
         return read_idx([path], labelled)
@@ -173,7 +175,7 @@ def _read(data: str, image_column: str, label_column: str | None, trains: bool =
         return {"train": read_table(read_tables(str(path))[0], path.parent, image_column, label_column)}
     if path.exists():
         raise ValueError(f"{path}: expected a folder, or an idx, .csv, .json, .jsonl or .parquet file")
-    return _from_datasets(load_hub(data), path, image_column, label_column, data)
+    return _from_datasets(load_hub(data, trains=False), path, image_column, label_column, data)
 
 
 def load_local(*names, **options):
@@ -189,17 +191,13 @@ def load_local(*names, **options):
         ) from error
 
 
-def _from_datasets(
-    found, path: Path, image_column: str, label_column: str | None, source: str = "", trains: bool = True
-) -> Splits:
+def _from_datasets(found, path: Path, image_column: str, label_column: str | None, source: str = "") -> Splits:
     """The splits of a `datasets.DatasetDict`, or of a `datasets.Dataset`, which is to train on."""
     source = source or str(path)
     if not isinstance(found, dict):
         found = {"train": found}
-    names = [name for name in needed(found, "validation") if name in found]
-    if not names or (trains and "train" not in found):
-        wanted = "'train'" if trains else "'validation', 'test' or 'train'"
-        raise ValueError(f"{source} has no split {wanted}, only {sorted(found)}")
+    if not (names := needed(found, "validation")):
+        raise ValueError(f"{source} has no split 'train', 'validation' or 'test', only {sorted(found)}")
     splits = {
         name: read_dataset(found[name], f"{source}, split {name}", image_column, label_column, root_of(path))
         for name in names

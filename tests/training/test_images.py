@@ -108,7 +108,7 @@ def test_a_folder_names_its_splits(tmp_path, train, validation):
 def test_parts_without_one_to_train_on_are_no_classes(tmp_path):
     for part in ("val", "test"):
         write_classes(tmp_path / part, {"cat": 2, "dog": 3})
-    with pytest.raises(ValueError, match="has only test, val, nothing to train on: add a folder train"):
+    with pytest.raises(ValueError, match="has no part to train on, only val"):
         read_images(str(tmp_path))
 
 
@@ -412,18 +412,22 @@ def test_a_data_set_is_read_from_where_it_was_saved(tmp_path, form):
         assert whole.notes == ["20 of 20 validation images are training images too: " + whole.notes[0].split(": ")[1]]
 
 
-def test_data_to_validate_on_alone_has_no_need_of_a_part_to_train_on(tmp_path):
+def test_data_to_validate_on_alone_has_no_need_of_a_part_to_train_on(tmp_path, monkeypatch):
     train = write_classes(tmp_path / "train", {"even": 4, "odd": 4})
     parts = {"train": make_dataset(6), "validation": make_dataset(2, first=100), "test": make_dataset(4, first=200)}
     for names, count in ((("validation", "test"), 2), (("train", "test"), 4), (("test",), 4), (("train",), 6)):
         data = tmp_path / "-".join(names)
         datasets.DatasetDict({name: parts[name] for name in names}).save_to_disk(data)
         assert len(read_images(train, validation_data=str(data)).validation) == count
-    with pytest.raises(ValueError, match=r"test has no split 'train', only \['test'\]"):
+    with pytest.raises(ValueError, match="test has no part to train on, only test"):
         read_images(str(tmp_path / "test"))
     datasets.DatasetDict({"other": parts["test"]}).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other has no split 'validation', 'test' or 'train', only \['other'\]"):
+    with pytest.raises(ValueError, match=r"other has no split 'train', 'validation' or 'test', only \['other'\]"):
         read_images(train, validation_data=str(tmp_path / "other"))
+    write_classes(tmp_path / "folder" / "val", {"even": 2, "odd": 1}, first=300)
+    assert len(read_images(train, validation_data=str(tmp_path / "folder")).validation) == 3
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(test=parts["test"]))
+    assert len(read_images(train, validation_data="somebody/pictures").validation) == 4
 
 
 def test_the_hub_s_classes_columns_and_splits_are_checked(tmp_path, monkeypatch):
