@@ -258,17 +258,14 @@ class ZooPreTrainedModel(PreTrainedModel):
         by `position_ids` where they are given (see `check_positions`), or else by its place."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config.position_embedding_type != "learned":
-            return
-        num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        limit = self.config.max_position_embeddings
-        if position_ids is None and num_tokens > limit:
-            raise ValueError(
-                f"{num_tokens} tokens, but max_position_embeddings is {limit}: "
-                "cut the input, or use a model with more positions"
-            )
+        num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
         if position_ids is not None:
             self.check_positions(position_ids)
+        elif config.position_embedding_type == "learned" and num_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{num_tokens} tokens, but max_position_embeddings is {config.max_position_embeddings}: "
+                "cut the input, or use a model with more positions"
+            )
 
     def check_positions(self, position_ids):
         """Raises a `ValueError` for a position behind the learned ones. An accelerator would have to be waited for, so

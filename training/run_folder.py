@@ -79,7 +79,8 @@ def check_identity(output_dir: Path | str, identity: dict) -> None:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; --restart moves this run aside and starts again") from error
     here = _flatten(json.loads(json.dumps(identity)))  # through JSON: a tuple is a list
-    there = {name: here[name] for name in ("mixed_precision",) if name in here} | there  # not by an earlier version
+    if "mixed_precision" in here:  # which earlier versions did not write
+        there.setdefault("mixed_precision", here["mixed_precision"])
     differences = [
         f"{field}: this run has {here.get(field, 'nothing')}, --output_dir holds {there.get(field, 'nothing')}"
         for field in {**here, **there}
