@@ -47,6 +47,16 @@ def test_linear_cross_entropy_in_slices_is_the_same(problem):
     assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_linear_cross_entropy_in_slices_of_bfloat16_is_nearly_the_same(problem):
+    """Two slices of products in bfloat16, whose sum is in float32."""
+    hidden_states, weight, targets = problem(1101, 16384)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets)
+    expected = loss_and_gradients(plain_cross_entropy, hidden_states, weight, targets)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
 @pytest.mark.parametrize("num_items", [7, 7.0, torch.tensor(7)], ids=repr)
 def test_the_sum_of_losses_is_divided_by_num_items(problem, num_items):
     hidden_states, weight, targets = problem()
