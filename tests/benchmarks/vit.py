@@ -77,7 +77,11 @@ def competitors(args, shape, setting):
     """Name -> the model, and what sets up the products of its library."""
     ours = build(shape, args.device)
     before_others = default_matmul if setting == "as it comes" else speed_up_cpu_matmul
-    models = {"hf_models": (ours, speed_up_cpu_matmul), "transformers": (twin(ours, args.device), before_others)}
+    stock = twin(ours, args.device)
+    if args.attn_implementation:
+        for model in (ours, stock):
+            model.set_attn_implementation(args.attn_implementation)
+    models = {"hf_models": (ours, speed_up_cpu_matmul), "transformers": (stock, before_others)}
     if args.peer_path:
         models["SimpleViT"] = (simple_vit(shape, args.device, args.peer_path), before_others)
     return models
@@ -217,6 +221,7 @@ def main():
     parser.add_argument("--batch_size", type=int, help="images, in place of the shape's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attn_implementation", choices=["eager", "sdpa"], help="of both, by default each its own")
     parser.add_argument("--peer-path", help="a clone of vit-pytorch, to compare its SimpleViT")
     args = parser.parse_args()
     if args.shapes is None:
