@@ -3,7 +3,7 @@
     data = read_detection("coco/", num_workers=2)  # coco/annotations/instances_train2017.json, coco/train2017/, ...
     data.train.boxes(0), data.train.classes(0)  # (n, 4), (n,): corners as fractions of the image, class ids
 
-`detection_files.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
+`detection_files.py`, `detection_columns.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from training import decoding
 from training.canvases import embedded_canvases
+from training.detection_columns import BOX_FORMATS, read_objects
 from training.detection_files import (
-    BOX_FORMATS,
     BoxSet,
     Splits,
     choose_splits,
@@ -26,7 +26,6 @@ from training.detection_files import (
     find_voc,
     find_yolo,
     read_coco,
-    read_objects,
     read_voc,
     read_yolo,
 )

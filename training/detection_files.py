@@ -1,5 +1,4 @@
-"""Where boxes are written down: in COCO's JSON, in Pascal VOC's XML, in YOLO's text, in a data set of the `datasets`
-library.
+"""Where boxes are written down: in COCO's JSON, in Pascal VOC's XML, in YOLO's text.
 
 Every reader returns a `BoxSet` for each split that it is asked for. Nothing is decoded here.
 """
@@ -17,14 +16,7 @@ import numpy as np
 import yaml
 
 from training.documents import split_of
-from training.image_files import (
-    IMAGE_SUFFIXES,
-    DatasetImages,
-    Files,
-    StoredImages,
-    name_of,
-    undecoded,
-)
+from training.image_files import IMAGE_SUFFIXES, Files, StoredImages
 
 
 class Box(NamedTuple):
@@ -50,7 +42,7 @@ class BoxSet:
     category_ids: list[int | str] | None = None  # what the file calls them
     in_fractions: bool = False  # the corners, of width and height, not pixels
     license: str | None = None
-    box_format: str | None = None  # one of `BOX_FORMATS`, where someone had to say which
+    box_format: str | None = None  # one of `detection_columns.BOX_FORMATS`, where someone had to say which
 
     def select(self, indices: np.ndarray) -> "BoxSet":
         place = {int(index): number for number, index in enumerate(indices)}
@@ -136,7 +128,7 @@ def read_coco(path: Path) -> BoxSet:
             raise ValueError(f"{where}: there is no image {annotation.get('image_id')!r}; add it or remove this")
         if category_id not in categories:
             raise ValueError(f"{where}: there is no category {annotation.get('category_id')!r}; add it or remove this")
-        left, top, width, height = _numbers(annotation.get("bbox"), 4, f"{where}: bbox")
+        left, top, width, height = numbers(annotation.get("bbox"), 4, f"{where}: bbox")
         area = annotation.get("area")
         place = places[image_id]
         boxes[place].append(
@@ -144,11 +136,11 @@ def read_coco(path: Path) -> BoxSet:
                 place,
                 categories[category_id],
                 (left, top, left + width, top + height),
-                None if area is None else _numbers([area], 1, f"{where}: area")[0],
+                None if area is None else numbers([area], 1, f"{where}: area")[0],
                 bool(annotation.get("iscrowd")),
             )
         )
-    sizes = [_size(image, f"{path}, image {image_id}") for image_id, image in images.items()]
+    sizes = [size_of(image, f"{path}, image {image_id}") for image_id, image in images.items()]
     ids = sorted(categories, key=lambda number: (isinstance(number, str), number))
     return BoxSet(
         Files(names, _folder_of_images(path, names)),
@@ -179,14 +171,14 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-def _numbers(values: Any, count: int, where: str) -> list[float]:
+def numbers(values: Any, count: int, where: str) -> list[float]:
     is_list = isinstance(values, list | tuple) and len(values) == count
     if not is_list or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise ValueError(f"{where} must be {count} finite number{'s' * (count > 1)}, not {values!r}")
     return values
 
 
-def _size(entry: dict, where: str) -> tuple[int, int]:
+def size_of(entry: dict, where: str) -> tuple[int, int]:
     """Height and width, or zeros."""
     size = _whole(entry.get("height")) or 0, _whole(entry.get("width")) or 0
     if not all(isinstance(side, int) and side >= 0 for side in size):
@@ -270,7 +262,7 @@ def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
             raise ValueError(f"{where}: it has no name")
         texts = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            left, top, right, bottom = _numbers([float(text) for text in texts], 4, where)
+            left, top, right, bottom = numbers([float(text) for text in texts], 4, where)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: bndbox needs the numbers xmin, ymin, xmax and ymax, not {texts}") from error
         if right > left and bottom > top:
@@ -278,7 +270,7 @@ def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
         boxes.append(Box(0, name, (left, top, right, bottom), is_difficult=item.findtext("difficult") == "1"))
     height, width = (annotation.findtext(f"size/{side}") or "0" for side in ("height", "width"))
     size = {"height": int(height), "width": int(width)} if height.isdecimal() and width.isdecimal() else {}
-    return boxes, Path((annotation.findtext("filename") or "").strip()).name, _size(size, str(path))
+    return boxes, Path((annotation.findtext("filename") or "").strip()).name, size_of(size, str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------- YOLO
@@ -403,7 +395,7 @@ def _text_of(image: Path) -> Path:
 def _read_line(line: str, place: int, names: list[str] | None, num_keypoint_values: int, where: str) -> Box:
     try:
         number, *values = map(float, line.split())
-        values = _numbers(values, len(values), where)
+        values = numbers(values, len(values), where)
     except ValueError as error:
         raise ValueError(f"{where}: expected numbers, not {line[:80]!r}") from error
     if number != int(number) or number < 0 or (names and number >= len(names)):
@@ -418,84 +410,3 @@ def _read_line(line: str, place: int, names: list[str] | None, num_keypoint_valu
         others = f"{4 + num_keypoint_values} with keypoints" if num_keypoint_values else "those of a polygon"
         raise ValueError(f"{where}: expected a class and 4 numbers, or {others}, not {len(values)} behind it")
     return Box(place, names[int(number)] if names else str(int(number)), corners)
-
-
-# ----------------------------------------------------------------------------------------------------- data sets
-
-BOX_FORMATS = ("xywh", "xyxy")  # left, top, width and height, or left, top, right and bottom
-BOX_KEYS = ("bbox", "boxes", "box", "bboxes")
-LABEL_KEYS = ("category", "label", "category_id", "labels", "categories", "class")
-
-
-def read_objects(dataset, source: str, image_column: str, objects_column: str, box_format: str = "xywh") -> BoxSet:
-    """One split of a data set with a column of images and one of objects: of each its bbox in pixels, in one of
-    `BOX_FORMATS`, and its category (a class, a number or a name); area and iscrowd where they are there.
-
-    Raises ValueError naming the column that is missing or holds something else, or the row that is wrong.
-    """
-    import datasets
-
-    dataset, _ = undecoded(dataset, source, image_column, None)
-    if objects_column not in dataset.features:
-        found = sorted(dataset.features)
-        raise ValueError(f"{source}: no column {objects_column!r}; choose one of {found} with --objects_column")
-    kinds = _object_features(dataset.features[objects_column])
-    box_key, label_key = (next((key for key in keys if key in kinds), None) for keys in (BOX_KEYS, LABEL_KEYS))
-    if box_key is None or label_key is None:
-        found = ", ".join(map(str, kinds)) or "no fields"
-        raise ValueError(f"{source}: column {objects_column!r} needs a bbox and a category, but has {found}")
-    if not isinstance(dataset.features[image_column], datasets.Image):
-        raise ValueError(f"{source}: column {image_column!r} holds no images: choose another with --image_column")
-    kind = kinds[label_key]
-    class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
-    boxes = []
-    for place, found in enumerate(dataset[objects_column]):
-        if found is None:
-            continue
-        objects = found if isinstance(found, list) else _rows_of(found, box_key, f"{source}, row {place + 1}")
-        for item in objects:
-            where = f"{source}, row {place + 1}"
-            left, top, right, bottom = _numbers(item[box_key], 4, f"{where}: {box_key}")
-            if box_format == "xywh":
-                right, bottom = left + right, top + bottom
-            label, area = item[label_key], item.get("area")
-            if label is None:
-                raise ValueError(f"{where}: a box without {label_key}")
-            boxes.append(
-                Box(
-                    place,
-                    str(label) if class_names is None else name_of(label, class_names, where),
-                    (left, top, right, bottom),
-                    None if area is None else _numbers([area], 1, f"{where}: area")[0],
-                    bool(item.get("iscrowd")),
-                )
-            )
-    sizes = np.zeros((len(dataset), 2), np.int64)
-    if {"height", "width"} <= dataset.features.keys():
-        rows = zip(dataset["height"], dataset["width"], strict=True)
-        sizes = [_size({"height": h, "width": w}, f"{source}, row {n}") for n, (h, w) in enumerate(rows, 1)]
-    image_ids = list(dataset["image_id"]) if "image_id" in dataset.features else list(range(len(dataset)))
-    images = DatasetImages(dataset, image_column, source)
-    sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    license = dataset.info.license or None
-    return BoxSet(images, sizes, boxes, image_ids, class_names, license=license, box_format=box_format)
-
-
-def _object_features(feature) -> dict:
-    """The fields of an object: of a list of objects, or of an object of lists, as `datasets` turns the former into."""
-    import datasets
-
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        feature = feature.feature
-        return feature if isinstance(feature, dict) else {}
-    if not isinstance(feature, dict):
-        return {}
-    return {key: kind.feature for key, kind in feature.items() if isinstance(kind, datasets.List | datasets.LargeList)}
-
-
-def _rows_of(objects: dict[str, list | None], box_key: str, where: str) -> list[dict]:
-    count = len(objects[box_key] or [])
-    columns = {key: values for key, values in objects.items() if values}
-    if uneven := next((key for key, values in columns.items() if len(values) != count), None):
-        raise ValueError(f"{where}: {count} of {box_key}, but {len(columns[uneven])} of {uneven}")
-    return [{key: values[number] for key, values in columns.items()} for number in range(count)]
