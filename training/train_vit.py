@@ -57,7 +57,9 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
     num_channels: int | None = option(None, "1 grey, 3 colour (a stream); None: as the checkpoint or data", "model")
     drop_path: float | None = option(None, "probability to leave the last block out (stochastic depth)", "model")
 
-    validation_data: str | None = option(None, "images to validate on, where `data` has no such part", "images")
+    validation_data: str | None = option(
+        None, "other images to validate on: their part for that, or else all of them", "images"
+    )
     validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
     labelled_fraction: float = option(1.0, "part of each class's labels to use; mae: to probe with", "images")
     image_column: str = option("image", "column of the image", "images")
