@@ -3,19 +3,70 @@
 The mathematics is in `layers.py`; this file is the part that makes a model behave like a stock one.
 """
 
+import difflib
+import inspect
 from dataclasses import fields
 from typing import ClassVar, Literal
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import is_tracing
+from transformers.utils import is_tracing, logging
 
-from .layers import ACTIVATIONS, LayerScale, MultiHeadAttention, TransformerBlock, rotary_angles, sinusoidal_encoding
+from .layers import (
+    ACTIVATIONS,
+    CACHE_NAME,
+    LayerScale,
+    MultiHeadAttention,
+    TransformerBlock,
+    rotary_angles,
+    sinusoidal_encoding,
+)
 
 ZOO_VERSION = "0.1.0"
+
+# The versions of transformers that the whole suite, or the part named in docs/transformers.md, was run with.
+TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")
+
+if Version(transformers.__version__).release[:2] > Version(TESTED_TRANSFORMERS[-1]).release[:2]:
+    # This file travels with every checkpoint, so this is said at the import of the package or at the first checkpoint.
+    logging.get_logger("transformers.hf_models").warning_once(
+        f"hf_models {ZOO_VERSION} was tested with transformers {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[-1]}, "
+        f"and this is {transformers.__version__}: compare a few outputs, or install an earlier version of transformers"
+    )
+
+# The keyword arguments that a model passes on without reading them itself. A model refuses every other keyword
+# argument that is not in its signature, because a swallowed argument changes the answer without an error.
+PASSED_ON = frozenset(
+    {
+        # From the caller or the config, through transformers' decorators of `forward`.
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "use_cache",
+        "is_causal",
+        # From callers with packed sequences (`DataCollatorWithFlattening`), to flash attention.
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
+        # From callers, to flash and flex attention.
+        "deterministic",
+        "kernel_options",
+        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too.
+        "block_table",
+        "cache",
+        "logits_indices",
+        "logits_processor_args",
+        "read_index",
+        "write_index",
+    }
+)
 
 
 @strict
@@ -192,7 +243,7 @@ class ZooPreTrainedModel(PreTrainedModel):
 
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -223,6 +274,15 @@ class ZooPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(module.weight, mean=0.0, std=config.initializer_range / num_branches**0.5)
 
+    def check_keywords(self, keywords):
+        """Raises a `ValueError` for a keyword argument that nobody reads: neither this model nor what it calls."""
+        for name in keywords:
+            if name not in PASSED_ON:
+                known = {*PASSED_ON, *inspect.signature(self.forward).parameters} - {"kwargs"}
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ": leave it out"
+                raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
+
     def check_output_attentions(self, output_attentions):
         """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""
         if output_attentions and self.config._attn_implementation != "eager":
@@ -234,6 +294,19 @@ class ZooPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
         """As in transformers, but in this package's own key names; `to_stock().save_pretrained` writes stock keys."""
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def choose_cache(self, cache, past_key_values):
+        """The cache by whichever of its two names it was given; raises a `ValueError` if it was given by both."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        return past_key_values if cache is None else cache
+
+    def make_output(self, output_class, cache, **fields):
+        """An output whose cache can be read as `cache` and as `past_key_values`, whatever transformers calls it."""
+        output = output_class(**fields, **{CACHE_NAME: cache})
+        if CACHE_NAME != "cache":
+            output.cache = cache
+        return output
 
     def encode_positions(self, embeddings, position_ids):
         """Tells a model of text where its tokens are.

@@ -167,6 +167,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
                 would mix up.
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
+        self.check_keywords(kwargs)
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)

@@ -481,6 +481,7 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
                 config does not work with.
         """
         config = self.config
+        self.check_keywords(kwargs)
         self.check_output_attentions(kwargs.get("output_attentions", config.output_attentions))
         check_channels(pixel_values, config.num_channels)
         if (config.spatial_prior or denoising) and config._attn_implementation not in ("eager", "sdpa"):

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMixin
@@ -27,7 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base import TextConfig, ZooPreTrainedModel
-from .layers import TransformerStack, is_plain_linear, make_norm
+from .layers import CACHE_NAME, TransformerStack, is_plain_linear, make_norm
 from .losses import classification_loss, linear_cross_entropy
 
 
@@ -42,7 +42,7 @@ class ZooGPTConfig(TextConfig):
     """
 
     model_type = "zoo_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
@@ -126,6 +126,8 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -134,46 +136,53 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
             attention_mask: (B, S), 1 for real tokens and 0 for padding; or a ready (B, 1, T, S) mask.
             position_ids: (B, T). Without a mask and a cache, positions that start again at 0 mark where one document
                 ends and the next begins: attention then stays within each.
-            past_key_values: cache of the keys and values before these tokens.
+            cache, past_key_values: two names of one argument, the cache of the keys and values before these tokens.
+                transformers uses the first since 5.24 and the second before; the output has both.
             use_cache: return such a cache.
+            token_type_ids: (B, T), tokens whose embeddings are added to those of `input_ids`, as in stock GPT-2.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; a token behind the learned positions;
-                attention maps asked of a backend that does not form them.
+                attention maps asked of a backend that does not form them; a keyword argument that nobody reads.
         """
+        cache = self.choose_cache(cache, past_key_values)
+        self.check_keywords(kwargs)
         self.check_inputs(input_ids, inputs_embeds, position_ids)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
+        # Before transformers 5.24 the paged cache of continuous batching belongs to the attention backend alone.
+        name = CACHE_NAME if isinstance(cache, Cache) else "cache"
         # Only what the caller gave decides the mask: position ids may mark documents, but not where a cache came along.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache if name == CACHE_NAME else None},
         )
         if position_ids is None:
-            seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen_tokens = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_tokens)[None]
             self.check_positions(position_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            name, cache = CACHE_NAME, DynamicCache(config=self.config)
 
         hidden_states, rotary = self.encode_positions(inputs_embeds, position_ids)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.embed_tokens(token_type_ids)
         hidden_states = self.layers(
             self.dropout(hidden_states),
             causal_mask,
             rotary=rotary,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{name: cache},
             **kwargs,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        cache = cache if use_cache else None
+        return self.make_output(BaseModelOutputWithPast, cache, last_hidden_state=self.norm(hidden_states))
 
 
 class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
@@ -203,6 +212,8 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -231,6 +242,8 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            cache=cache,
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -258,10 +271,11 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
                 num_items_in_batch,
                 self.lm_head.bias,
             )
-        return CausalLMOutputWithPast(
+        return self.make_output(
+            CausalLMOutputWithPast,
+            outputs.cache,
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -292,6 +306,8 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        cache=None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -312,6 +328,8 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            cache=cache,
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
@@ -332,10 +350,11 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
         loss = None
         if labels is not None:
             loss = classification_loss(pooled_logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutputWithPast(
+        return self.make_output(
+            SequenceClassifierOutputWithPast,
+            outputs.cache,
             loss=loss,
             logits=pooled_logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -10,12 +10,14 @@ Every model of this package composes these parts. The dimensions in shape commen
 chooses the tokens that blocks compute.
 """
 
+import inspect
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +35,10 @@ ACTIVATIONS = {
     "silu": F.silu,
     "swiglu": F.silu,  # of the gate, which then multiplies a second projection (Shazeer 2020)
 }
+
+
+# What transformers calls a cache of keys and values; 5.24 renamed it. Gradient checkpointing looks for this name.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -104,7 +110,6 @@ class MultiHeadAttention(nn.Module):
         rotary=None,
         query_position=None,
         key_position=None,
-        past_key_values=None,
         packing=None,
         asking=None,
         **kwargs,
@@ -117,9 +122,10 @@ class MultiHeadAttention(nn.Module):
             rotary: the pair from `rotary_angles`, or None.
             query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
                 not before the value's (Carion et al. 2020, figure 10).
-            past_key_values: a transformers cache, which gets this call's keys and values and gives back all.
             packing: the `Packing` of `hidden_states` (1, M, D), which attend to each other in their padded places.
             asking: the `Packing` or `FirstToken` of the tokens whose output is wanted; the others only answer.
+            **kwargs: under `CACHE_NAME` a transformers cache, which stores this call's keys and values and returns all
+                that it holds; the others go to the attention backend.
 
         Returns:
             The output (B, T, D), or of the `asking` tokens alone, as they pack it; and the probabilities (B, N, T, S)
@@ -136,8 +142,8 @@ class MultiHeadAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := kwargs.pop(CACHE_NAME, None)) is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one changes kwargs, too
         attend = partial(self._attend, mask=attention_mask, packing=packing, asking=asking, **kwargs)
         # Padded again, queries, keys, values and scores are the largest tensors of a block.
         recompute = packing is not None and self.training and not self.attention_dropout
@@ -304,7 +310,7 @@ class TransformerBlock(GradientCheckpointingLayer):
                 every block, as DETR does; None where positions were added to the input once. What has a gradient is
                 best given by place: gradient checkpointing looks for it there.
             asking: the `Packing` or `FirstToken` of the tokens whose states are wanted.
-            **kwargs: on to self-attention (`rotary`, `past_key_values`) and to the attention backend.
+            **kwargs: on to self-attention (`rotary`, the cache) and to the attention backend.
 
         Returns:
             (B, T, D), or the `asking` tokens alone, as they pack them.

@@ -301,6 +301,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
 
     def encode(self, hidden_states, rotary, only_first: bool = False, **kwargs) -> BaseModelOutputWithPooling:
         """Blocks, norm and pooler; `only_first` as in `forward`."""
+        self.check_keywords(kwargs)
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)

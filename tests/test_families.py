@@ -175,6 +175,18 @@ def test_exactly_one_kind_of_input_is_asked_for(make_model, case, tokens):
             model(**inputs)
 
 
+@every_case
+def test_a_keyword_that_nobody_reads_is_refused(make_model, case):
+    """Swallowed, it would change the answer without an error, as a renamed cache did."""
+    model, inputs = make_model(case.model_class, **case.fields), inputs_for(case.model_class)
+    labels = labels_for(case.model_class, inputs) if case in WITH_A_HEAD.values() else {}
+    for given in (inputs, inputs | labels):
+        with pytest.raises(ValueError, match=r"'cached_keys'"):
+            model(**given, cached_keys=None)
+    with pytest.raises(ValueError, match=r"did you mean '?output_attentions"):
+        model(**inputs, output_attention=True)
+
+
 @every_family_of_text
 def test_more_tokens_than_learned_positions_are_refused(make_model, family):
     with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings is 64"):

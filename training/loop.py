@@ -150,7 +150,8 @@ def train(
     identity = {**identity, "mixed_precision": accelerator.mixed_precision}  # as the launcher may have it, too
     stop = StopRequest()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.24 renamed the method.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizers = create_optimizers(
         model,
         optimizer=args.optimizer,

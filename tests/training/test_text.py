@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config
 from transformers.masking_utils import create_causal_mask
 
+from hf_models.layers import CACHE_NAME
 from training import text
 from training.text import TokenCache, TokenRows, evaluation_rows, tokenize_documents
 from training.tokenizer import make_tokenizer, separator_id
@@ -140,8 +141,8 @@ def test_kept_within_documents_nothing_crosses_a_border():
         config=GPT2Config(attn_implementation="sdpa"),
         inputs_embeds=torch.zeros(1, 10, 4),
         attention_mask=None,
-        past_key_values=None,
         position_ids=batch["position_ids"],
+        **{CACHE_NAME: None},
     )
     assert torch.equal(mask[0, 0], (document[:, None] == document[None, :]).tril())
 
