@@ -48,6 +48,19 @@ def test_outputs_are_those_of_the_stock_class(stock_gpt2, pair, fields, tokens, 
     assert_close(actual.attentions, expected.attentions, **SAME)
 
 
+@torch.no_grad()
+def test_token_types_do_what_they_do_in_the_stock_class(stock_gpt2, pair, tokens, load_as_ours):
+    stock_class, our_class = pair
+    stock = stock_gpt2(stock_class)
+    ours, tokens = load_as_ours(stock, our_class), tokens.clamp(min=1)
+    token_types = torch.randint(0, 64, tokens.shape)
+    assert_close(ours(tokens, token_type_ids=token_types)[0], stock(tokens, token_type_ids=token_types)[0], **SAME)
+    assert not torch.equal(ours(tokens, token_type_ids=token_types)[0], ours(tokens)[0])
+    if stock.can_generate():
+        settings = {"token_type_ids": token_types, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(ours.generate(tokens, **settings), stock.generate(tokens, **settings))
+
+
 def backward_with_labels(model, tokens, labels):
     model.train()
     loss = model(tokens, labels=labels).loss
