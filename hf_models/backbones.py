@@ -9,8 +9,10 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 from .resnet import RESNETS, FrozenBatchNorm, ResNet, find_resnet, stock_resnet_fields
 
 
-def make_backbone(config) -> nn.Module:
+def make_backbone(config, own: dict[str, type[nn.Module]]) -> nn.Module:
     """The convolutional network, or the `AutoBackbone`, with batch norms frozen: they may not depend on a batch.
+
+    own: the backbones of this package, by `model_type`.
 
     Raises a `ValueError` for a backbone with batch norms that compute something else besides.
     """
@@ -19,10 +21,8 @@ def make_backbone(config) -> nn.Module:
         if config.backbone_norm == "frozen_batch":
             backbone.freeze_start()
         return backbone
-    if config.backbone_config.model_type == "zoo_vit":
-        from .vit import ZooViTBackbone
-
-        return ZooViTBackbone(config.backbone_config)
+    if config.backbone_config.model_type in own:
+        return own[config.backbone_config.model_type](config.backbone_config)
     backbone = AutoBackbone.from_config(config.backbone_config)
     for name, module in list(backbone.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
@@ -40,14 +40,12 @@ def num_features(backbone: nn.Module) -> int:
     return backbone.num_channels_out if isinstance(backbone, ResNet) else backbone.channels[-1]
 
 
-def make_backbone_config(values: dict) -> PreTrainedConfig:
-    """The config that was saved as `backbone_config`."""
+def make_backbone_config(values: dict, own: dict[str, type[PreTrainedConfig]]) -> PreTrainedConfig:
+    """The config that was saved as `backbone_config`; `own` has those of this package's backbones."""
     values = dict(values)
     model_type = values.pop("model_type")
-    if model_type == "zoo_vit":  # so that its code travels with a checkpoint, too
-        from .vit import ZooViTConfig
-
-        return ZooViTConfig(**values)
+    if model_type in own:
+        return own[model_type](**values)
     return AutoConfig.for_model(model_type, **values)
 
 

@@ -1,6 +1,10 @@
-"""What every family shares with transformers: configuration fields, initialisation, saving, stock weights.
+"""What every family shares with transformers, in three steps, each on the one before.
 
-The mathematics is in `layers.py`; this file is the part that makes a model behave like a stock one.
+    ZooConfig, ZooModel                  what even an LSTM needs: saving with code, stock weights both ways
+    TransformerConfig, TransformerModel  the fields that blocks read, attention backends, plans to split over devices
+    TextConfig, TextModel                vocabulary, positions, caches, and the checks of tokens
+
+The mathematics is in `attention.py`, `layers.py` and `positions.py`; this file makes a model behave like a stock one.
 """
 
 import difflib
@@ -13,19 +17,9 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing, logging
-
-from .layers import (
-    ACTIVATIONS,
-    CACHE_NAME,
-    LayerScale,
-    MultiHeadAttention,
-    TransformerBlock,
-    rotary_angles,
-    sinusoidal_encoding,
-)
 
 ZOO_VERSION = "0.1.0"
 
@@ -68,32 +62,18 @@ PASSED_ON = frozenset(
     }
 )
 
+# What transformers calls a cache of keys and values; 5.24 renamed it. Gradient checkpointing looks for this name.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+# ------------------------------------------------------------------------------------------------- of every model
+
 
 @strict
-class TransformerConfig(PreTrainedConfig):
-    """The fields that `layers.py` reads; a family's config adds its own.
+class ZooConfig(PreTrainedConfig):
+    """The fields of every config.
 
     Args:
-        hidden_size: width D of the residual stream.
-        num_attention_heads: query heads N.
-        num_key_value_heads: key and value heads; fewer than N is grouped-query attention (Ainslie et al. 2023).
-            Default: N.
-        head_dim: size H of one head. Default: D / N.
-        intermediate_size: width of the feed-forward layer. Default: 4 D.
-        hidden_act: one of `gelu`, `gelu_new` (its tanh approximation), `relu`, `relu2`, `silu`, `swiglu`.
-        norm: `layernorm` (Ba et al. 2016) or `rmsnorm` (Zhang and Sennrich 2019).
-        norm_position: `pre` (Xiong et al. 2020) or `post` (Vaswani et al. 2017).
-        qk_norm: normalise queries and keys before their product (Henry et al. 2020), here by their root mean square.
-        use_bias: biases in the blocks' linear layers and in LayerNorm.
-        qkv_bias: biases of the query, key and value projections. Default: `use_bias`.
-        residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
-            `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
-            makes every block the identity at first.
-        layer_scale: what the learned factors of every residual branch start at (Touvron et al. 2021); None: no factors.
-        drop_path: probability that the last block's branches are left out for a sample in training; it rises from 0 at
-            the first block (Huang et al. 2016).
-        class_weights: how much each class counts in the loss of a classification head; not for regression, which has
-            no classes. Default: all the same.
         zoo_version: the version of hf_models that wrote the checkpoint.
 
     Raises:
@@ -101,43 +81,12 @@ class TransformerConfig(PreTrainedConfig):
             kind or outside its range, or two fields do not fit; the message names them.
     """
 
-    hidden_size: int = 768
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float | int = 1e-5
-    norm_position: Literal["pre", "post"] = "pre"
-    qk_norm: bool = False
-    use_bias: bool = True
-    qkv_bias: bool | None = None
-    hidden_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    initializer_range: float | int = 0.02
-    residual_init: Literal["normal", "scaled", "zero"] = "normal"
-    layer_scale: float | int | None = None
-    drop_path: float | int = 0.0
-    class_weights: list[float | int] | None = None
     zoo_version: str | None = None
 
     # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
     family_auto_map: ClassVar[dict[str, str]] = {}
     # The `model_type`s of the stock checkpoints that this family reads.
     stock_model_types: ClassVar[tuple[str, ...]] = ()
-
-    base_model_tp_plan = {
-        "layers.*.attention.q_proj": "colwise",
-        "layers.*.attention.k_proj": "colwise",
-        "layers.*.attention.v_proj": "colwise",
-        "layers.*.attention.o_proj": "rowwise",
-        "layers.*.attention.q_norm": "replicated_with_grad_allreduce",  # each process sees its own heads only
-        "layers.*.attention.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.feed_forward.gate_proj": "colwise",
-        "layers.*.feed_forward.up_proj": "colwise",
-        "layers.*.feed_forward.down_proj": "rowwise",
-    }
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -149,8 +98,6 @@ class TransformerConfig(PreTrainedConfig):
             defaults = AutoConfig.for_model(model_type).to_dict()
             config_dict = {k: v for k, v in defaults.items() if k in known} | config_dict
             config_dict["model_type"] = cls.model_type
-            if config_dict.get("position_embedding_type") == "absolute":  # as transformers 4 wrote it
-                config_dict["position_embedding_type"] = "learned"
         return config_dict, kwargs
 
     @classmethod
@@ -165,114 +112,28 @@ class TransformerConfig(PreTrainedConfig):
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
-        if self.num_attention_heads < 1 or self.hidden_size < 1:
-            raise ValueError("hidden_size and num_attention_heads must be at least 1")
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}): change one, or set head_dim"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.qkv_bias is None:
-            self.qkv_bias = self.use_bias
+        self.derive_fields()
         if self.zoo_version is None:
             self.zoo_version = ZOO_VERSION
         if not kwargs.get("auto_map"):
             kwargs["auto_map"] = dict(self.family_auto_map)
         super().__post_init__(**kwargs)
 
-    def validate_layers(self):
-        """Checks, on construction and on saving, that the fields fit together."""
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
-        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
-            raise ValueError(f"class_weights has {len(self.class_weights)} values for num_labels {self.num_labels}")
-        if self.class_weights is not None and self.problem_type == "regression":
-            raise ValueError("class_weights is set, but problem_type='regression' has no classes: leave it None")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATIONS)}")
-        for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
-            if getattr(self, field, 1) < 1:  # a family need not have them all
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("hidden_dropout", "attention_dropout", "embedding_dropout", "drop_path"):
-            if not 0.0 <= getattr(self, field, 0.0) < 1.0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it is a probability: 0 <= {field} < 1")
+    def derive_fields(self):
+        """Fills in the fields whose default depends on others."""
 
 
-@strict
-class TextConfig(TransformerConfig):
-    """The fields of a model of text.
+class ZooModel(PreTrainedModel):
+    """Everything about a model that depends neither on its family nor on what it is made of."""
 
-    Args:
-        vocab_size: number of tokens V.
-        num_hidden_layers: number of blocks L.
-        max_position_embeddings: longest sequence the model was made for.
-        position_embedding_type: `learned` vectors, `sinusoidal` (Vaswani et al. 2017), or `rotary` (Su et al. 2021)
-            with base `rope_theta`.
-        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
-    """
-
-    vocab_size: int = 32768
-    num_hidden_layers: int = 12
-    max_position_embeddings: int = 512
-    position_embedding_type: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    rope_theta: float | int = 10000.0
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def validate_positions(self):
-        """Checks that the chosen positions fit the sizes."""
-        if self.position_embedding_type == "rotary" and self.head_dim % 2:
-            raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
-        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
-
-
-class ZooPreTrainedModel(PreTrainedModel):
-    """Everything about a family that does not depend on the family."""
-
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": MultiHeadAttention}
-
-    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        """On a machine without an accelerator the default is `eager`: there, two matrix products and a softmax are
-        faster than the fused kernel, and attention maps come for free."""
-        if requested_attention is None and not torch.accelerator.is_available():
-            requested_attention = "eager"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # Only modules with parameters of their own come here, so a projection has to be known by itself, not by the
-        # attention or the feed-forward around it.
+        # transformers calls this for modules with parameters of their own, not for those that only hold such modules.
         super()._init_weights(module)
-        config = self.config
-        if isinstance(module, LayerScale):
-            init.constant_(module.weight, module.initial)
-        num_branches = getattr(module, "num_residual_branches", None)
-        if num_branches is None or config.residual_init == "normal":
-            return
-        if config.residual_init == "zero":
-            init.zeros_(module.weight)
-        else:
-            init.normal_(module.weight, mean=0.0, std=config.initializer_range / num_branches**0.5)
+        if hasattr(module, "initialise"):
+            module.initialise(self.config)
 
     def check_keywords(self, keywords):
         """Raises a `ValueError` for a keyword argument that nobody reads: neither this model nor what it calls."""
@@ -283,75 +144,9 @@ class ZooPreTrainedModel(PreTrainedModel):
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ": leave it out"
                 raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
 
-    def check_output_attentions(self, output_attentions):
-        """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs attn_implementation='eager'; this model runs "
-                f"{self.config._attn_implementation!r}. Call model.set_attn_implementation('eager') first"
-            )
-
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
         """As in transformers, but in this package's own key names; `to_stock().save_pretrained` writes stock keys."""
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-
-    def choose_cache(self, cache, past_key_values):
-        """The cache by whichever of its two names it was given; raises a `ValueError` if it was given by both."""
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
-        return past_key_values if cache is None else cache
-
-    def make_output(self, output_class, cache, **fields):
-        """An output whose cache can be read as `cache` and as `past_key_values`, whatever transformers calls it."""
-        output = output_class(**fields, **{CACHE_NAME: cache})
-        if CACHE_NAME != "cache":
-            output.cache = cache
-        return output
-
-    def encode_positions(self, embeddings, position_ids):
-        """Tells a model of text where its tokens are.
-
-        Args:
-            embeddings: (B, T, D).
-            position_ids: (B, T) or (1, T).
-
-        Returns:
-            The embeddings with the positions' vectors added, and the rotations for attention; None where there are
-            none.
-        """
-        config = self.config
-        if config.position_embedding_type == "rotary":
-            return embeddings, rotary_angles(position_ids, config.head_dim, config.rope_theta, embeddings.dtype)
-        if config.position_embedding_type == "sinusoidal":
-            return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
-        return embeddings + self.embed_positions(position_ids), None
-
-    def check_inputs(self, input_ids, inputs_embeds, position_ids=None):
-        """Raises a `ValueError` unless exactly one of the two is there, with no token behind the learned positions:
-        by `position_ids` where they are given (see `check_positions`), or else by its place."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
-        if position_ids is not None:
-            self.check_positions(position_ids)
-        elif config.position_embedding_type == "learned" and num_tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"{num_tokens} tokens, but max_position_embeddings is {config.max_position_embeddings}: "
-                "cut the input, or use a model with more positions"
-            )
-
-    def check_positions(self, position_ids):
-        """Raises a `ValueError` for a position behind the learned ones. An accelerator would have to be waited for, so
-        there they are looked at only where there are more than learned ones."""
-        limit = self.config.max_position_embeddings
-        if self.config.position_embedding_type != "learned" or is_tracing(position_ids) or not position_ids.numel():
-            return
-        is_at_hand = position_ids.device.type == "cpu" or position_ids.shape[-1] > limit
-        if is_at_hand and (last := int(position_ids.max())) >= limit:
-            raise ValueError(
-                f"position_ids has {last}, but max_position_embeddings is {limit}: "
-                f"give positions from 0 to {limit - 1}, or use a model with more"
-            )
 
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
         """The stock class and config that compute the same function; raises a `ValueError` naming the option where
@@ -359,27 +154,14 @@ class ZooPreTrainedModel(PreTrainedModel):
         raise ValueError(f"{type(self).__name__} has no stock counterpart in transformers")
 
     def make_stock_config(self, config_class: type[PreTrainedConfig], **required) -> PreTrainedConfig:
-        """The stock config with the same values; raises a `ValueError` for an option that the stock class lacks: one
-        not as `required`, or that none has."""
+        """The stock config with the same values; raises a `ValueError` for an option that the stock class lacks, one
+        that is not as `required`."""
         config = self.config
-        required = {
-            "norm": "layernorm",
-            "qk_norm": False,
-            "use_bias": True,
-            "qkv_bias": True,
-            "layer_scale": None,
-            "num_key_value_heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
-            "class_weights": None,
-            **required,
-        }
         for option, value in required.items():
             if getattr(config, option) != value:
                 raise ValueError(
                     f"{config_class.__name__} has no {option}={getattr(config, option)!r} (only {value!r})"
                 )
-        if config.hidden_act == "swiglu":
-            raise ValueError(f"{config_class.__name__} has no hidden_act='swiglu'")
         return config_class(
             **{
                 field.name: getattr(config, field.name)
@@ -411,3 +193,244 @@ class ZooPreTrainedModel(PreTrainedModel):
         )
         assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
         return stock.to(self.device).train(self.training)
+
+
+# ------------------------------------------------------------------------------------------------- of transformers
+
+ACTIVATION_NAMES = ("gelu", "gelu_new", "relu", "relu2", "silu", "swiglu")
+
+
+@strict
+class TransformerConfig(ZooConfig):
+    """The fields that `attention.py` and `layers.py` read; a family's config adds its own.
+
+    Args:
+        hidden_size: width D of the residual stream.
+        num_attention_heads: query heads N.
+        num_key_value_heads: key and value heads; fewer than N is grouped-query attention (Ainslie et al. 2023).
+            Default: N.
+        head_dim: size H of one head. Default: D / N.
+        intermediate_size: width of the feed-forward layer. Default: 4 D.
+        hidden_act: one of `gelu`, `gelu_new` (its tanh approximation), `relu`, `relu2`, `silu`, `swiglu`.
+        norm: `layernorm` (Ba et al. 2016) or `rmsnorm` (Zhang and Sennrich 2019).
+        norm_position: `pre` (Xiong et al. 2020) or `post` (Vaswani et al. 2017).
+        qk_norm: normalise queries and keys before their product (Henry et al. 2020), here by their root mean square.
+        use_bias: biases in the blocks' linear layers and in LayerNorm.
+        qkv_bias: biases of the query, key and value projections. Default: `use_bias`.
+        residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
+            `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
+            makes every block the identity at first.
+        layer_scale: what the learned factors of every residual branch start at (Touvron et al. 2021); None: no factors.
+        drop_path: probability that the last block's branches are left out for a sample in training; it rises from 0 at
+            the first block (Huang et al. 2016).
+        class_weights: how much each class counts in the loss of a classification head; not for regression, which has
+            no classes. Default: all the same.
+
+    `ZooConfig` explains the rest.
+    """
+
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float | int = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
+    qk_norm: bool = False
+    use_bias: bool = True
+    qkv_bias: bool | None = None
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    residual_init: Literal["normal", "scaled", "zero"] = "normal"
+    layer_scale: float | int | None = None
+    drop_path: float | int = 0.0
+    class_weights: list[float | int] | None = None
+
+    # Where the stacks of blocks are in the base model, and whether they have cross-attention.
+    stacks: ClassVar[dict[str, bool]] = {"layers": False}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How to split the blocks over the devices of tensor parallelism, for the modules that this config has."""
+        plan = {}
+        for stack, has_cross_attention in self.stacks.items():
+            for attention in ("attention", "cross_attention") if has_cross_attention else ("attention",):
+                plan |= {f"{stack}.*.{attention}.{name}_proj": "colwise" for name in "qkv"}
+                plan[f"{stack}.*.{attention}.o_proj"] = "rowwise"
+                if self.qk_norm:  # each process sees its own heads only
+                    plan |= {f"{stack}.*.{attention}.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+            if self.hidden_act == "swiglu":
+                plan[f"{stack}.*.feed_forward.gate_proj"] = "colwise"
+            plan[f"{stack}.*.feed_forward.up_proj"] = "colwise"
+            plan[f"{stack}.*.feed_forward.down_proj"] = "rowwise"
+        return plan
+
+    def derive_fields(self):
+        super().derive_fields()
+        if self.num_attention_heads < 1 or self.hidden_size < 1:
+            raise ValueError("hidden_size and num_attention_heads must be at least 1")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}): change one, or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.qkv_bias is None:
+            self.qkv_bias = self.use_bias
+
+    def validate_layers(self):
+        """Checks, on construction and on saving, that the fields fit together."""
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise ValueError(f"class_weights has {len(self.class_weights)} values for num_labels {self.num_labels}")
+        if self.class_weights is not None and self.problem_type == "regression":
+            raise ValueError("class_weights is set, but problem_type='regression' has no classes: leave it None")
+        if self.hidden_act not in ACTIVATION_NAMES:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATION_NAMES)}")
+        for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+            if getattr(self, field, 1) < 1:  # a family need not have them all
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("hidden_dropout", "attention_dropout", "embedding_dropout", "drop_path"):
+            if not 0.0 <= getattr(self, field, 0.0) < 1.0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it is a probability: 0 <= {field} < 1")
+
+
+class TransformerModel(ZooModel):
+    """What a model with attention needs besides: backends, gradient checkpointing, plans to split it over devices."""
+
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """On a machine without an accelerator the default is `eager`: there, two matrix products and a softmax are
+        faster than the fused kernel, and attention maps come for free."""
+        if requested_attention is None and not torch.accelerator.is_available():
+            requested_attention = "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def check_output_attentions(self, output_attentions):
+        """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager'; this model runs "
+                f"{self.config._attn_implementation!r}. Call model.set_attn_implementation('eager') first"
+            )
+
+    def make_stock_config(self, config_class: type[PreTrainedConfig], **required) -> PreTrainedConfig:
+        """As in `ZooModel`; no stock class has the options of our blocks."""
+        config = self.config
+        if config.hidden_act == "swiglu":
+            raise ValueError(f"{config_class.__name__} has no hidden_act='swiglu'")
+        plain = {
+            "norm": "layernorm",
+            "qk_norm": False,
+            "use_bias": True,
+            "qkv_bias": True,
+            "layer_scale": None,
+            "num_key_value_heads": config.num_attention_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "class_weights": None,
+        }
+        return super().make_stock_config(config_class, **{**plain, **required})
+
+
+# ---------------------------------------------------------------------------------------------------------- of text
+
+
+@strict
+class TextConfig(TransformerConfig):
+    """The fields of a model of text.
+
+    Args:
+        vocab_size: number of tokens V.
+        num_hidden_layers: number of blocks L.
+        max_position_embeddings: longest sequence the model was made for.
+        position_embedding_type: `learned` vectors, `sinusoidal` (Vaswani et al. 2017), or `rotary` (Su et al. 2021)
+            with base `rope_theta`.
+        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
+    """
+
+    vocab_size: int = 32768
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 512
+    position_embedding_type: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    rope_theta: float | int = 10000.0
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("position_embedding_type") == "absolute":  # as transformers 4 wrote it
+            config_dict["position_embedding_type"] = "learned"
+        return config_dict, kwargs
+
+    def validate_positions(self):
+        """Checks that the chosen positions fit the sizes."""
+        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+            raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
+
+
+class TextModel(TransformerModel):
+    """What a model of tokens needs besides: the checks of its inputs, and a cache that has two names."""
+
+    def choose_cache(self, cache, past_key_values):
+        """The cache by whichever of its two names it was given; raises a `ValueError` if it was given by both."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        return past_key_values if cache is None else cache
+
+    def make_output(self, output_class, cache, **fields):
+        """An output whose cache can be read as `cache` and as `past_key_values`, whatever transformers calls it."""
+        output = output_class(**fields, **{CACHE_NAME: cache})
+        if CACHE_NAME != "cache":
+            output.cache = cache
+        return output
+
+    def check_inputs(self, input_ids, inputs_embeds, position_ids=None):
+        """Raises a `ValueError` unless exactly one of the two is there, with no token behind the learned positions:
+        by `position_ids` where they are given (see `check_positions`), or else by its place."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
+        if position_ids is not None:
+            self.check_positions(position_ids)
+        elif config.position_embedding_type == "learned" and num_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{num_tokens} tokens, but max_position_embeddings is {config.max_position_embeddings}: "
+                "cut the input, or use a model with more positions"
+            )
+
+    def check_positions(self, position_ids):
+        """Raises a `ValueError` for a position behind the learned ones. An accelerator would have to be waited for, so
+        there they are looked at only where there are more than learned ones."""
+        limit = self.config.max_position_embeddings
+        if self.config.position_embedding_type != "learned" or is_tracing(position_ids) or not position_ids.numel():
+            return
+        is_at_hand = position_ids.device.type == "cpu" or position_ids.shape[-1] > limit
+        if is_at_hand and (last := int(position_ids.max())) >= limit:
+            raise ValueError(
+                f"position_ids has {last}, but max_position_embeddings is {limit}: "
+                f"give positions from 0 to {limit - 1}, or use a model with more"
+            )

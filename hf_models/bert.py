@@ -33,11 +33,17 @@ from transformers.utils import can_return_tuple, is_tracing
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TextConfig, ZooPreTrainedModel
-from .layers import ACTIVATIONS, TransformerStack, is_plain_linear, make_norm
-from .losses import classification_loss, cross_entropy, linear_cross_entropy, marked_places, scored_places, states_at
-from .packing import find_asking, find_packing, same_sequence
+from .base import TextConfig, TextModel
+from .layers import ACTIVATIONS, ENCODER_OUTPUTS, TransformerStack, make_norm
+from .losses import classification_loss, cross_entropy, head_loss, marked_places, scored_places, states_at
+from .packing import find_output_tokens, find_packing, same_sequence
+from .positions import encode_positions
 from .question_answering import answer_question
+
+# isort: split
+# transformers downloads only the files that this one names; those above import these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 @strict
@@ -88,8 +94,9 @@ class ZooBertConfig(TextConfig):
         super().__post_init__(**kwargs)
 
 
-class ZooBertPreTrainedModel(ZooPreTrainedModel):
+class ZooBertPreTrainedModel(TextModel):
     config_class = ZooBertConfig
+    _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "bert"
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]  # a buffer of old checkpoints
 
@@ -179,11 +186,11 @@ class ZooBertModel(ZooBertPreTrainedModel):
         drops_paths = self.training and self.config.drop_path > 0  # of whole sequences, so these stay apart
         is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
         mask, has_borders = None, is_flash_attention_requested(self.config)
-        packing = asking = None
+        packing = output_tokens = None
         if skip_padding and is_free:
             packing = find_packing(attention_mask, position_ids, has_borders, self.pooler is not None)
         if not (wants_states or wants_maps):
-            asking = find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
+            output_tokens = find_output_tokens(inputs_embeds, packing, read_places if is_free else None, only_first)
 
         if packing is not None and has_borders:
             kwargs |= packing.borders()
@@ -209,11 +216,12 @@ class ZooBertModel(ZooBertPreTrainedModel):
         if packing is not None:
             position_ids = packing.pack(position_ids.expand(hidden_states.shape[:2]))
             hidden_states = packing.pack(hidden_states)  # (1, M, D)
-        hidden_states, rotary = self.encode_positions(hidden_states, position_ids)
+        hidden_states, rotary = encode_positions(self.config, self.embed_positions, hidden_states, position_ids)
         hidden_states = self.dropout(self.embedding_norm(hidden_states))
-        hidden_states = self.norm(self.layers(hidden_states, mask, rotary=rotary, asking=asking, **kwargs))
-        if asking is not None:
-            hidden_states = asking.unpack(hidden_states)
+        hidden_states = self.layers(hidden_states, mask, rotary=rotary, output_tokens=output_tokens, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        if output_tokens is not None:
+            hidden_states = output_tokens.unpack(hidden_states)
         if packing is not None:
             hidden_states = packing.unpack(hidden_states)  # (B, T, D)
         return BaseModelOutputWithPooling(
@@ -248,10 +256,7 @@ class MaskedTokenHead(nn.Module):
         `masked_positions` (B, M) as in `losses.scored_places`; `num_items` divides the sum.
         """
         hidden_states, labels = scored_places(hidden_states, labels, masked_positions)
-        features = self.features(hidden_states)
-        if not is_plain_linear(self.decoder):
-            return cross_entropy(self.decoder(features), labels, num_items)
-        return linear_cross_entropy(features, self.decoder.weight, labels, num_items, bias=self.decoder.bias)
+        return head_loss(self.decoder, self.features(hidden_states), labels, num_items)
 
 
 class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .layers import LearnedPositions2D, sinusoidal_encoding, sinusoidal_encoding_2d
+from .positions import LearnedPositions2D, sinusoidal_encoding, sinusoidal_encoding_2d
 
 ANCHOR_TEMPERATURE = 20.0  # of the encoding of boxes and of the cells they look at (Liu et al. 2022, section 4.3)
 MAX_CELLS = 50  # rows and columns of learned positions, as in the published code
@@ -90,7 +90,7 @@ class SpatialPrior(nn.Module):
         self.centres = nn.Parameter(torch.empty(config.num_attention_heads, 2))  # in sizes of the box, from its middle
         self.sharpness = nn.Parameter(torch.empty(config.num_attention_heads))
 
-    def reset_parameters(self):
+    def initialise(self, config):
         angles = torch.arange(len(self.centres)) * (2 * math.pi / len(self.centres))
         init.copy_(self.centres, 0.4 * torch.stack((angles.cos(), angles.sin()), dim=1))  # on a ring
         init.constant_(self.sharpness, 2.0)

@@ -15,7 +15,7 @@ B batch, S cells of the feature map (tokens), Q queries, D hidden size, N heads,
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.detr.modeling_detr import DetrDecoderOutput, DetrModelOutput, DetrObjectDetectionOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .backbones import make_backbone, make_backbone_config, num_features, read_stock_backbone, stock_backbone_config
-from .base import TransformerConfig, ZooPreTrainedModel
+from .base import TransformerConfig, TransformerModel
 from .cells import CellPositions, Cells, SpatialPrior, correct, encode_boxes, locate_cells
-from .layers import MultiHeadAttention, TransformerBlock, TransformerStack, make_norm
+from .layers import DECODER_OUTPUTS, ENCODER_OUTPUTS, TransformerStack, make_norm
 from .matching import (
     check_labels,
     decoder_mask,
@@ -45,6 +45,7 @@ from .matching import (
     pad_labels,
 )
 from .patches import check_channels, fit_channels
+from .projections import ResidualLinear
 from .resnet import (
     RESNETS,
     ResNet,
@@ -53,11 +54,14 @@ from .resnet import (
     stock_renamings,
     timm_renamings,
 )
+from .vit import ZooViTBackbone, ZooViTConfig
 
-if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
-    from .losses import as_divisor  # noqa: F401
-    from .packing import FirstToken  # noqa: F401
-    from .vit import ZooViTModel  # noqa: F401
+# isort: split
+# transformers downloads only the files that this one names; those above import these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .losses import as_divisor  # noqa: F401
+from .packing import FirstToken  # noqa: F401
+from .positions import rotary_angles  # noqa: F401
 
 PROPOSED_SIZE = 3  # side of the box that a cell proposes at first, in cells
 
@@ -101,7 +105,7 @@ class ZooDetrConfig(TransformerConfig):
     attribute_map = {
         "d_model": "hidden_size",
         "encoder_layers": "num_encoder_layers",
-        "num_hidden_layers": "num_encoder_layers",
+        "num_hidden_layers": "num_decoder_layers",  # as in every encoder-decoder: transformers sizes caches by it
         "decoder_layers": "num_decoder_layers",
         "encoder_attention_heads": "num_attention_heads",
         "decoder_attention_heads": "num_attention_heads",
@@ -119,8 +123,10 @@ class ZooDetrConfig(TransformerConfig):
     }
     _auto_class = "AutoConfig"
     stock_model_types = ("detr",)
+    stacks = {"encoder.layers": False, "decoder.layers": True}
     sub_configs = {"backbone_config": AutoConfig}
 
+    is_encoder_decoder: bool = True
     hidden_size: int = 256
     num_attention_heads: int = 8
     intermediate_size: int | None = 2048
@@ -174,7 +180,7 @@ class ZooDetrConfig(TransformerConfig):
                     f"encoder_{name} and decoder_{name} are {pair[0]} and {pair[1]}: they must be the same"
                 )
         if isinstance(self.backbone_config, dict):
-            self.backbone_config = make_backbone_config(self.backbone_config)
+            self.backbone_config = make_backbone_config(self.backbone_config, {"zoo_vit": ZooViTConfig})
         if self.backbone_config is not None:
             self.backbone = None
         super().__post_init__(**kwargs)
@@ -185,7 +191,7 @@ class ZooDetrConfig(TransformerConfig):
             raise ValueError(
                 f"backbone is {self.backbone!r}; choose one of {', '.join(RESNETS)}, or set backbone_config"
             )
-        for field in ("num_decoder_layers", "num_queries"):
+        for field in ("num_encoder_layers", "num_decoder_layers", "num_queries"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
         if self.hidden_size % 4:
@@ -201,7 +207,7 @@ class ZooDetrConfig(TransformerConfig):
             raise ValueError("query_selection needs classification_loss='focal' or 'varifocal'")
 
 
-class ZooDetrPreTrainedModel(ZooPreTrainedModel):
+class ZooDetrPreTrainedModel(TransformerModel):
     config_class = ZooDetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -214,12 +220,9 @@ class ZooDetrPreTrainedModel(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight)
-        elif isinstance(module, SpatialPrior):
-            module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            if getattr(module, "starts_at_zero", False):
-                init.zeros_(module.weight)
-            elif getattr(module, "num_residual_branches", None) is None or self.config.residual_init == "normal":
+            is_residual = isinstance(module, ResidualLinear) and self.config.residual_init != "normal"
+            if not (is_residual or isinstance(module, ZeroLinear)):
                 init.xavier_uniform_(module.weight)  # section 4
             if isinstance(module, ClassHead) and self.config.classification_loss != "cross_entropy":
                 # Objects are few: each class begins with a probability of 0.01 (Lin et al. 2017, section 4.1).
@@ -274,12 +277,20 @@ class ZooDetrPreTrainedModel(ZooPreTrainedModel):
         return {rename(name, to_timm): weight for name, weight in weights.items()}
 
 
-class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weight starts at zero."""
 
-    def __init__(self, *sizes: int):
+    def initialise(self, config):
+        init.zeros_(self.weight)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; `last` is the class of the last one."""
+
+    def __init__(self, *sizes: int, last: type[nn.Linear] = nn.Linear):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-2], sizes[1:-1], strict=True))
+        self.layers.append(last(*sizes[-2:]))
 
     def forward(self, states):
         *hidden, last = self.layers
@@ -299,8 +310,8 @@ class BoxHead(MLP):
     """A box, before the sigmoid; or with `anchor_queries` the correction of a box, which starts at zero."""
 
     def __init__(self, config: ZooDetrConfig):
-        super().__init__(config.hidden_size, config.hidden_size, config.hidden_size, 4)
-        self.layers[-1].starts_at_zero = config.anchor_queries
+        last = ZeroLinear if config.anchor_queries else nn.Linear
+        super().__init__(config.hidden_size, config.hidden_size, config.hidden_size, 4, last=last)
 
 
 # ------------------------------------------------------------------------------------------------ encoder, decoder
@@ -309,7 +320,7 @@ class BoxHead(MLP):
 class ZooDetrEncoder(ZooDetrPreTrainedModel):
     """The encoder stack on the cells."""
 
-    _can_record_outputs = {"hidden_states": TransformerBlock, "attentions": MultiHeadAttention}
+    _can_record_outputs = ENCODER_OUTPUTS
 
     def __init__(self, config: ZooDetrConfig):
         super().__init__(config)
@@ -342,11 +353,7 @@ class ZooDetrDecoderOutput(DetrDecoderOutput):
 class ZooDetrDecoder(ZooDetrPreTrainedModel):
     """The decoder stack on the queries."""
 
-    _can_record_outputs = {
-        "hidden_states": TransformerBlock,
-        "attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="attention"),
-        "cross_attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="cross_attention"),
-    }
+    _can_record_outputs = DECODER_OUTPUTS
 
     def __init__(self, config: ZooDetrConfig):
         super().__init__(config)
@@ -447,7 +454,7 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
 
     def __init__(self, config: ZooDetrConfig):
         super().__init__(config)
-        self.backbone = make_backbone(config)
+        self.backbone = make_backbone(config, {"zoo_vit": ZooViTBackbone})
         self.input_projection = nn.Conv2d(num_features(self.backbone), config.hidden_size, kernel_size=1)
         self.positions = CellPositions(config)
         self.encoder = ZooDetrEncoder(config)

@@ -16,19 +16,26 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
     SequenceClassifierOutputWithPast,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TextConfig, ZooPreTrainedModel
-from .layers import CACHE_NAME, TransformerStack, is_plain_linear, make_norm
-from .losses import classification_loss, linear_cross_entropy
+from .base import CACHE_NAME, TextConfig, TextModel
+from .beams import SharesSource, with_source
+from .layers import DECODER_OUTPUTS, TransformerStack, make_norm
+from .losses import classification_loss, head_loss
+from .positions import encode_positions
+
+# isort: split
+# transformers downloads only the files that this one names; those above import these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 @strict
@@ -37,6 +44,8 @@ class ZooGPTConfig(TextConfig):
 
     Args:
         embedding_dropout: dropout on the sum of token and position embeddings.
+        add_cross_attention: whether each block also looks at the states of an encoder.
+        source_size: width of these states. Default: the hidden size.
 
     `TextConfig` and `TransformerConfig` explain the rest.
     """
@@ -70,6 +79,12 @@ class ZooGPTConfig(TextConfig):
     residual_init: Literal["normal", "scaled", "zero"] = "scaled"
     embedding_dropout: float | int = 0.0
     use_cache: bool = True
+    add_cross_attention: bool = False
+    source_size: int | None = None
+
+    @property
+    def stacks(self) -> dict[str, bool]:
+        return {"layers": self.add_cross_attention}
 
     def __post_init__(self, **kwargs):
         # A stock config may ask for arithmetic that this model does not do: refuse it rather than load it wrongly.
@@ -83,19 +98,21 @@ UNSUPPORTED_STOCK_OPTIONS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
 }
 
 
-class ZooGPTPreTrainedModel(ZooPreTrainedModel):
+class ZooGPTPreTrainedModel(TextModel):
     config_class = ZooGPTConfig
+    _can_record_outputs = DECODER_OUTPUTS
     base_model_prefix = "transformer"
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # GPT-2's saved causal masks
 
     def stock_class_and_config(self):
         import transformers
 
-        stock = self.make_stock_config(transformers.GPT2Config, norm_position="pre", position_embedding_type="learned")
+        stock = self.make_stock_config(
+            transformers.GPT2Config, norm_position="pre", position_embedding_type="learned", source_size=None
+        )
         return getattr(transformers, self.stock_class_name), stock
 
 
@@ -112,7 +129,13 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = TransformerStack(config, config.num_hidden_layers, is_causal=True)
+        self.layers = TransformerStack(
+            config,
+            config.num_hidden_layers,
+            is_causal=True,
+            cross_attention=config.add_cross_attention,
+            source_size=config.source_size,
+        )
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.post_init()
 
@@ -128,8 +151,10 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         cache=None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
@@ -140,13 +165,19 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
                 transformers uses the first since 5.24 and the second before; the output has both.
             use_cache: return such a cache.
             token_type_ids: (B, T), tokens whose embeddings are added to those of `input_ids`, as in stock GPT-2.
+            encoder_hidden_states: (B, S, D'), what cross-attention looks at; without them it is left out. In generation
+                B may be the number of inputs, whatever the number of beams.
+            encoder_attention_mask: (B, S), 1 for real source tokens and 0 for padding.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; a token behind the learned positions;
-                attention maps asked of a backend that does not form them; a keyword argument that nobody reads.
+                attention maps asked of a backend that does not form them; a keyword argument that nobody reads;
+                encoder states for a model without cross-attention.
         """
         cache = self.choose_cache(cache, past_key_values)
         self.check_keywords(kwargs)
+        if encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError("encoder_hidden_states needs a model with add_cross_attention=True in its config")
         self.check_inputs(input_ids, inputs_embeds, position_ids)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
@@ -168,13 +199,24 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
             self.check_positions(position_ids)
         if use_cache and cache is None:
             name, cache = CACHE_NAME, DynamicCache(config=self.config)
+        if encoder_hidden_states is not None:
+            if isinstance(cache, Cache):
+                cache = with_source(cache, self.config)
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds[: len(encoder_hidden_states)],
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
 
-        hidden_states, rotary = self.encode_positions(inputs_embeds, position_ids)
+        hidden_states, rotary = encode_positions(self.config, self.embed_positions, inputs_embeds, position_ids)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.embed_tokens(token_type_ids)
         hidden_states = self.layers(
             self.dropout(hidden_states),
             causal_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
             rotary=rotary,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -182,10 +224,12 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
             **kwargs,
         )
         cache = cache if use_cache else None
-        return self.make_output(BaseModelOutputWithPast, cache, last_hidden_state=self.norm(hidden_states))
+        return self.make_output(
+            BaseModelOutputWithPastAndCrossAttentions, cache, last_hidden_state=self.norm(hidden_states)
+        )
 
 
-class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
+class ZooGPTForCausalLM(SharesSource, ZooGPTPreTrainedModel, GenerationMixin):
     """GPT with its language-model head: a score for every token of the vocabulary, at every place."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -214,8 +258,10 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         cache=None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithCrossAttentions:
         """
         Args:
             labels: (B, T), usually `input_ids` themselves: the model shifts them, so that each place predicts the
@@ -244,40 +290,28 @@ class ZooGPTForCausalLM(ZooGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             token_type_ids=token_type_ids,
             cache=cache,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, places]
         if return_logits is None:
             return_logits = not (has_labels and self.training)
-        loss = logits = None
-        if return_logits or not has_labels or not is_plain_linear(self.lm_head):
-            logits = self.lm_head(hidden_states)
-            if has_labels:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    shift_labels=shift_labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                )
-        else:
+        logits = self.lm_head(hidden_states) if return_logits or not has_labels else None
+        loss = None
+        if has_labels:
             if shift_labels is None:
                 shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            loss = linear_cross_entropy(
-                hidden_states.flatten(0, 1),
-                self.lm_head.weight,
-                shift_labels.flatten().to(hidden_states.device),
-                num_items_in_batch,
-                self.lm_head.bias,
-            )
+            loss = head_loss(self.lm_head, hidden_states, shift_labels, num_items_in_batch, logits=logits)
         return self.make_output(
-            CausalLMOutputWithPast,
+            CausalLMOutputWithCrossAttentions,
             outputs.cache,
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
 
 
@@ -369,6 +403,7 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"(?<!\w)h\.", r"(?<!\w)layers\."),
         WeightRenaming(r"\.ln_1\.", r"\.attention_norm\."),
         WeightRenaming(r"\.ln_2\.", r"\.feed_forward_norm\."),
+        WeightRenaming(r"\.ln_cross_attn\.", r"\.cross_attention_norm\."),
         WeightRenaming(r"ln_f\.", r"(?<!\w)norm\."),
         WeightConverter(
             r"\.attn\.c_attn\.weight",
@@ -380,6 +415,24 @@ register_checkpoint_conversion_mapping(
             [rf"\.attention\.{name}_proj\.bias" for name in "qkv"],
             operations=[Chunk(dim=0)],
         ),
+        WeightConverter(
+            r"\.crossattention\.c_attn\.weight",
+            [rf"\.cross_attention\.{name}_proj\.weight" for name in "kv"],
+            operations=[Transpose(0, 1), Chunk(dim=0)],
+        ),
+        WeightConverter(
+            r"\.crossattention\.c_attn\.bias",
+            [rf"\.cross_attention\.{name}_proj\.bias" for name in "kv"],
+            operations=[Chunk(dim=0)],
+        ),
+        WeightConverter(
+            r"\.crossattention\.q_attn\.weight", r"\.cross_attention\.q_proj\.weight", operations=[Transpose(0, 1)]
+        ),
+        WeightRenaming(r"\.crossattention\.q_attn\.bias", r"\.cross_attention\.q_proj\.bias"),
+        WeightConverter(
+            r"\.crossattention\.c_proj\.weight", r"\.cross_attention\.o_proj\.weight", operations=[Transpose(0, 1)]
+        ),
+        WeightRenaming(r"\.crossattention\.c_proj\.bias", r"\.cross_attention\.o_proj\.bias"),
         WeightConverter(r"\.attn\.c_proj\.weight", r"\.attention\.o_proj\.weight", operations=[Transpose(0, 1)]),
         WeightRenaming(r"\.attn\.c_proj\.bias", r"\.attention\.o_proj\.bias"),
         WeightConverter(r"\.mlp\.c_fc\.weight", r"\.feed_forward\.up_proj\.weight", operations=[Transpose(0, 1)]),

@@ -10,6 +10,8 @@ computed in parts.
 import torch
 import torch.nn.functional as F
 
+from .projections import is_plain_linear
+
 
 def scored_places(hidden_states, labels, positions=None, ignore_index: int = -100):
     """The hidden states of the places that are scored, and their labels: a head on these alone has the same loss as
@@ -50,17 +52,49 @@ def marked_places(positions, num_tokens: int):
     return marks.scatter(1, positions.where(positions >= 0, num_tokens), True)[:, :-1]
 
 
-def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=None, ignore_index: int = -100):
+def head_loss(head, hidden_states, labels, num_items=None, *, logits=None, label_smoothing: float = 0.0):
+    """The cross-entropy of a head that scores a vocabulary; it holds all logits only where it has to.
+
+    Args:
+        head: the last linear layer, (..., D) -> (..., V). Where an adapter or a hook changes it, it is called; else
+            `linear_cross_entropy` takes its weight and bias.
+        hidden_states: (..., D).
+        labels: (...), token ids; -100 where nothing is predicted.
+        num_items: what the sum of losses is divided by; by default the number of labels that count.
+        logits: (..., V), what the head made of the states, where the caller has computed it anyway.
+        label_smoothing: the part of each label that is spread over the vocabulary (Szegedy et al. 2016, section 7).
+    """
+    if logits is None and not is_plain_linear(head):
+        logits = head(hidden_states)
+    if logits is not None:
+        return cross_entropy(logits, labels, num_items, label_smoothing=label_smoothing)
+    hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device)
+    return linear_cross_entropy(
+        hidden_states, head.weight, labels, num_items, head.bias, label_smoothing=label_smoothing
+    )
+
+
+def linear_cross_entropy(
+    hidden_states,
+    weight,
+    targets,
+    num_items=None,
+    bias=None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+):
     """Mean of -log softmax(W x + b)[target] over the targets that count, without ever holding all logits.
 
-    At a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. Here a slice of
-    the tokens at a time gives its loss and, at once, its gradients; the logits of a slice are then forgotten.
+    At a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. This function
+    takes a slice of the tokens at a time: it computes the slice's logits, their loss and the gradients of the loss, and
+    then drops the logits.
 
     Args:
         hidden_states: (M, D).
         weight, bias: (V, D) and None or (V,), of the head.
         targets: (M,), token ids; `ignore_index` where nothing is predicted.
         num_items: what the sum of losses is divided by; by default the number of targets that count, at least one.
+        label_smoothing: as in `head_loss`.
 
     Raises:
         ValueError: another number of targets than of hidden states.
@@ -76,7 +110,8 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items=None, bias=No
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, ignore_index, dtype)
+    options = (ignore_index, label_smoothing, dtype)
+    return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, *options)
 
 
 def as_divisor(num_items, device):
@@ -87,7 +122,9 @@ def as_divisor(num_items, device):
     return num_items.where(num_items != 0, 1)
 
 
-def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_index: int = -100):
+def cross_entropy(
+    logits, labels, num_items=None, class_weights=None, ignore_index: int = -100, label_smoothing: float = 0.0
+):
     """Mean of -log softmax(logits)[label] over the labels that count; 0 where none does.
 
     Args:
@@ -95,10 +132,12 @@ def cross_entropy(logits, labels, num_items=None, class_weights=None, ignore_ind
         labels: (...), class ids; `ignore_index` where nothing is scored.
         num_items: what the sum is divided by; by default the number of labels that count, or with `class_weights` (C,)
             the sum of their weights.
+        label_smoothing: as in `head_loss`.
     """
     logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
     weights = None if class_weights is None else logits.new_tensor(class_weights)
-    total = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="sum")
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+    total = F.cross_entropy(logits, labels, weight=weights, **options)
     if num_items is None:
         counts = labels != ignore_index
         num_items = counts.sum() if weights is None else (weights[labels * counts] * counts).sum()
@@ -139,11 +178,15 @@ def classification_loss(logits, labels, config, num_items=None):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of the loss in the logits is softmax(W x + b) - onehot(target); the products that carry it on are
-    done in the forward pass, while the slice is at hand."""
+    """Computes the gradients in the forward pass, while the logits of a slice exist; the backward pass only scales
+    them.
+
+    With logits z = W x + b and loss L, dL/dz = softmax(z) - onehot(target), from which dL/dx = W^T dL/dz,
+    dL/dW = dL/dz x^T and dL/db = dL/dz, each summed over the tokens.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, dtype):
+    def forward(ctx, hidden_states, weight, bias, targets, num_items, ignore_index, label_smoothing, dtype):
         num_tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # A slice takes as many bytes in any type: a quarter of the tokens in float32, where each slice rereads the
@@ -161,7 +204,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + slice_size)
                 states = hidden_states[part].to(dtype)
                 logits = F.linear(states, matrix, offset)
-                loss += _score(logits, targets[part], ignore_index, with_gradient=any(ctx.needs_input_grad))
+                loss += _loss_of_slice(
+                    logits, targets[part], ignore_index, label_smoothing, with_gradient=any(ctx.needs_input_grad)
+                )  # with a gradient, `logits` now holds dL/dz
                 if needs_hidden:
                     grad_hidden[part] = logits @ matrix
                 if needs_weight and grad_weight is None:
@@ -179,25 +224,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy has no second derivative: compute logits and their cross-entropy")
-        # Divided only here, where float16's loss scale is there too, or small gradients would be lost. In place, since
-        # the weight's gradient is large; a second backward pass is refused by autograd's own check.
+        # The division by num_items waits until here, where float16's loss scale has come in too: small gradients would
+        # be lost otherwise. It works in place, because the weight's gradient is large; autograd refuses to do it twice.
         *gradients, num_items = ctx.saved_tensors
         gradients = [None if one is None else one.mul_(grad_loss / num_items) for one in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
-def _score(logits, targets, ignore_index, with_gradient: bool):
-    """The sum of -log softmax(logits)[target]. With `with_gradient` the logits (M, V) become its gradient, an eighth of
-    them at a time, since a logarithm takes float32."""
-    loss = 0.0
+def _loss_of_slice(logits, targets, ignore_index, label_smoothing, with_gradient: bool):
+    """The sum of -log softmax(logits)[target], smoothed. With `with_gradient` the logits (M, V) become its gradient.
+
+    An eighth of the rows is computed at a time, because the logarithm takes float32.
+    """
+    loss, even = 0.0, label_smoothing / logits.shape[-1]
     rows = max(32, -(-len(targets) // 8))
     for scores, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
         counts = target != ignore_index
         target = target.where(counts, 0)
         log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
-        loss -= log_probabilities.gather(1, target).where(counts, 0).sum()
+        loss -= (1 - label_smoothing) * log_probabilities.gather(1, target).where(counts, 0).sum()
+        if label_smoothing:
+            loss -= even * log_probabilities.sum(1, keepdim=True).where(counts, 0).sum()
         if with_gradient:
             gradient = log_probabilities.exp_()  # softmax
-            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if label_smoothing:
+                gradient.sub_(even)
+            gradient.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
             scores.copy_(gradient.mul_(counts))
     return loss

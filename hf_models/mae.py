@@ -10,7 +10,8 @@ B batch, C channels, P patches, K visible patches, D hidden size
 """
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import fields
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -23,14 +24,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .layers import MultiHeadAttention, TransformerStack, make_norm
+from .attention import MultiHeadAttention
+from .layers import TransformerStack, make_norm
 from .losses import as_divisor
 from .patches import PatchPositions, fit_channels
 from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
 
-if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
-    from .base import ZooPreTrainedModel  # noqa: F401
-    from .packing import FirstToken  # noqa: F401
+# isort: split
+# transformers downloads only the files that this one names; those above import these, too.
+from .base import TransformerModel  # noqa: F401
+from .packing import FirstToken  # noqa: F401
+from .positions import rotary_angles  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 @strict
@@ -82,22 +87,16 @@ class ZooViTMAEConfig(ZooViTConfig):
 
     def decoder_config(self) -> ZooViTConfig:
         """The decoder as a ViT's config."""
-        fields = {name: getattr(self, name) for name in ZooViTConfig.__dataclass_fields__ if not name.startswith("_")}
+        values = {one.name: getattr(self, one.name) for one in fields(ZooViTConfig) if not one.name.startswith("_")}
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            fields[name] = getattr(self, f"decoder_{name}")
-        fields |= {"num_key_value_heads": None, "head_dim": None, "drop_path": 0.0}
-        return ZooViTConfig(**fields)
+            values[name] = getattr(self, f"decoder_{name}")
+        values |= {"num_key_value_heads": None, "head_dim": None, "drop_path": 0.0}
+        return ZooViTConfig(**values)
 
 
 class ZooViTMAEPreTrainedModel(ZooViTPreTrainedModel):
     config_class = ZooViTMAEConfig
     _keys_to_ignore_on_load_unexpected = []
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MAEDecoder):
-            init.normal_(module.mask_token, std=self.config.initializer_range)
 
 
 def random_masking(noise, num_visible: int):
@@ -165,6 +164,9 @@ class MAEDecoder(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, MultiHeadAttention):
                 module.config = config  # where the backend is set
+
+    def initialise(self, config):
+        init.normal_(self.mask_token, std=config.initializer_range)
 
     def forward(self, hidden_states, ids_restore, height: int, width: int, **kwargs):
         """(B, prefix + K, D) and (B, P) -> (B, P, p p C)."""

@@ -76,7 +76,7 @@ def find_packing(attention_mask, position_ids, has_borders: bool, reads_first: b
     return None
 
 
-def find_asking(embeddings, packing, read_places, only_first: bool) -> Packing | FirstToken | None:
+def find_output_tokens(embeddings, packing, read_places, only_first: bool) -> Packing | FirstToken | None:
     """Which tokens the last block is asked for, or None for all of them.
 
     Args:

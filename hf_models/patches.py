@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
-from .layers import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
+from .positions import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
 
 
 def check_channels(images, num_channels: int):
@@ -40,6 +41,9 @@ class StemConvolution(nn.Conv2d):
 
     def __init__(self, num_inputs: int, num_channels: int, stride: int = 1):
         super().__init__(num_inputs, num_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+    def initialise(self, config):
+        init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
 
 
 class StemStage(nn.Module):
@@ -89,6 +93,10 @@ class ClassAndRegisterTokens(nn.Module):
             token = nn.Parameter(torch.empty(*shape, config.hidden_size)) if shape[1] else None
             self.register_parameter(name, token)
 
+    def initialise(self, config):
+        for token in self.parameters():
+            init.trunc_normal_(token, std=config.initializer_range)
+
     def forward(self, patches, class_position=0):
         """(B, P, D) -> (B, T, D)."""
         prefix = [] if self.cls is None else [self.cls + class_position]
@@ -109,6 +117,10 @@ class PatchPositions(nn.Module):
         learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
         self.register_parameter("weight", learned if self.kind == "learned" else None)
         self.halves = LearnedPositions2D(*self.counted, self.dim) if self.kind == "learned_2d" else None
+
+    def initialise(self, config):
+        if self.weight is not None:
+            init.trunc_normal_(self.weight, std=config.initializer_range)
 
     def class_vector(self):
         """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -24,19 +23,24 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import TransformerStack, make_norm
+from .base import TransformerConfig, TransformerModel
+from .layers import ENCODER_OUTPUTS, TransformerStack, make_norm
 from .losses import classification_loss
 from .packing import FirstToken
 from .patches import (
     ClassAndRegisterTokens,
     PatchEmbedding,
     PatchPositions,
-    StemConvolution,
     check_channels,
     fit_channels,
     resize_positions,
 )
+
+# isort: split
+# transformers downloads only the files that this one names; those above import these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .positions import rotary_angles  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 def grid_of(image_size, patch_size) -> tuple[int, int]:
@@ -181,22 +185,14 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
             )
 
 
-class ZooViTPreTrainedModel(ZooPreTrainedModel):
+class ZooViTPreTrainedModel(TransformerModel):
     config_class = ZooViTConfig
+    _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embed"
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"\bmask_token$"]  # of MAE and of masked image models
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, (ClassAndRegisterTokens, PatchPositions)):
-            for parameter in module.parameters(recurse=False):
-                init.trunc_normal_(parameter, std=self.config.initializer_range)
-        elif isinstance(module, StemConvolution):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
 
     def patch_grid(self, pixel_values) -> tuple[int, int]:
         """Rows and columns of patches in images (B, C, H, W); raises a `ValueError` for any that do not fit."""
@@ -307,7 +303,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         reads_others = wants_maps or wants_states or (self.pooler is not None and self.config.pooling != "class")
         first = FirstToken(hidden_states.shape[1]) if only_first and not reads_others else None
-        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, asking=first, **kwargs))
+        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, output_tokens=first, **kwargs))
         if first is not None:
             hidden_states = first.unpack(hidden_states)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(pool(hidden_states, self.config)))

@@ -40,6 +40,7 @@ TINY_MAE = {
 
 TINY_DETR = {
     **BLOCKS,
+    "num_encoder_layers": 2,
     "num_decoder_layers": 2,
     "intermediate_size": 64,
     "num_queries": 5,

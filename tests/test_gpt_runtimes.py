@@ -114,7 +114,8 @@ def test_continuous_batching_gives_the_tokens_of_generate(make_gpt, options, tok
     model = make_gpt(eos_token_id=63, **options)
     tokens = tokens.clamp(min=1)
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist(), tokens[2, :9].tolist()]
-    paging = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32)
+    size_of_a_block = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"  # before 5.18
+    paging = ContinuousBatchingConfig(**{size_of_a_block: 16}, num_blocks=8, max_batch_tokens=32)
     settings = GenerationConfig(eos_token_id=63, pad_token_id=0, **GREEDY)
     expected = [
         model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
-from hf_models.layers import MultiHeadAttention
+from hf_models.attention import MultiHeadAttention
 from tests.families import (
     CASES,
     MAIN_CASES,

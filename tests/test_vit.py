@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_models import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel, __version__
-from hf_models.layers import sinusoidal_encoding_2d
+from hf_models.positions import sinusoidal_encoding_2d
 from tests.families import VIT_OPTIONS, gradients
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}

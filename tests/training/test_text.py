@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config
 from transformers.masking_utils import create_causal_mask
 
-from hf_models.layers import CACHE_NAME
+from hf_models.base import CACHE_NAME
 from training import text
 from training.text import TokenCache, TokenRows, evaluation_rows, tokenize_documents
 from training.tokenizer import make_tokenizer, separator_id

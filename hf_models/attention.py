@@ -1,0 +1,273 @@
+"""Attention, written once: how well each query matches each source, and the mean of the sources that this weighs.
+
+    e_ij     = score(q_i, k_j)                   `dot_scores`, `general_scores`, `additive_scores`
+    alpha_ij = softmax over j of e_ij / t        `masked_softmax`: over the sources j that query i may attend to
+    c_i      = sum over j of alpha_ij v_j        `weighted_sum`
+
+The functions serve alone, and in the RNNs' attention; `MultiHeadAttention` is all three in every head. The dimensions
+in shape comments:
+
+    B  batch          T  tokens (queries)      S  source tokens (keys and values)
+    D  hidden size    N  attention heads       H  size of one head
+    K  key/value heads, N = K x groups         A  size of additive attention
+
+`config` is any `TransformerConfig` (see `base.py`).
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .base import CACHE_NAME
+from .positions import apply_rotary
+from .projections import ResidualLinear, linear_of
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def dot_scores(query, key):
+    """e_ij = q_i . k_j (Luong et al. 2015, equation 8, "dot").
+
+    Args:
+        query: (..., T, H).
+        key: (..., S, H).
+
+    Returns:
+        The scores (..., T, S).
+    """
+    return torch.matmul(query, key.transpose(-2, -1))
+
+
+def scaled_dot_scores(query, key):
+    """e_ij = q_i . k_j / sqrt(H) (Vaswani et al. 2017, equation 1). Shapes as in `dot_scores`."""
+    return dot_scores(query * query.shape[-1] ** -0.5, key)
+
+
+def general_scores(query, key, weight):
+    """e_ij = q_i . W k_j (Luong et al. 2015, equation 8, "general").
+
+    Args:
+        query: (..., T, H).
+        key: (..., S, H'), of any size.
+        weight: (H, H').
+
+    Returns:
+        The scores (..., T, S).
+    """
+    return dot_scores(torch.matmul(query, weight), key)
+
+
+def additive_scores(query, key, vector):
+    """e_ij = v . tanh(q_i + k_j), where q_i = W s_i and k_j = U h_j (Bahdanau et al. 2015, appendix A.1.2).
+
+    The caller projects the states: the sources' keys serve every query, so they are projected once.
+
+    Args:
+        query: (..., T, A), the projected queries W s.
+        key: (..., S, A), the projected sources U h.
+        vector: (A,), the weights v.
+
+    Returns:
+        The scores (..., T, S).
+    """
+    return torch.matmul(torch.tanh(query[..., :, None, :] + key[..., None, :, :]), vector)
+
+
+# --------------------------------------------------------------------------------------- softmax and weighted sum
+
+
+def masked_softmax(scores, mask=None, temperature: float = 1.0):
+    """alpha_ij = exp(e_ij / t) / sum over j' of exp(e_ij' / t), over the sources that the mask leaves.
+
+    A query whose sources are all masked gets weights that add up to 1, and no NaN.
+
+    Args:
+        scores: (..., T, S).
+        mask: None; a bool, true where a query may attend to a source; or a number to add to the scores. It
+            broadcasts to the scores.
+        temperature: below 1 the weights concentrate on the best sources, above 1 they spread.
+
+    Returns:
+        The weights (..., T, S); each row adds up to 1.
+    """
+    if temperature != 1.0:
+        scores = scores / temperature
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        # A row of minus infinity would give NaN, whether the mask holds it or the sum overflows to it.
+        scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min / 2)
+    return F.softmax(scores, dim=-1)
+
+
+def weighted_sum(weights, value):
+    """c_i = sum over j of alpha_ij v_j: (..., T, S) and (..., S, H) -> (..., T, H)."""
+    return torch.matmul(weights, value)
+
+
+# --------------------------------------------------------------------------------------------- multi-head attention
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, equation 1), as two matrix products and a softmax.
+
+    Args:
+        query: (B, N, T, H).
+        key, value: (B, K, S, H); each of the K heads serves N / K query heads.
+        attention_mask: as in `masked_softmax`, broadcastable to (B, N, T, S).
+
+    Returns:
+        The output (B, T, N, H) and the attention probabilities (B, N, T, S).
+    """
+    batch, num_heads, num_tokens, head_dim = query.shape
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    # The query heads that share a key head are laid one below the other, so keys and values are never copied.
+    num_key_heads, num_sources = key.shape[1:3]
+    folded = (query * scaling).reshape(batch, num_key_heads, -1, head_dim)
+    scores = dot_scores(folded, key).view(batch, num_heads, num_tokens, num_sources)
+    probabilities = masked_softmax(scores, attention_mask).to(value.dtype)
+    weights = F.dropout(probabilities, p=dropout, training=module.training) if dropout else probabilities
+    output = weighted_sum(weights.reshape(batch, num_key_heads, -1, num_sources), value)
+    return output.view(batch, num_heads, num_tokens, head_dim).transpose(1, 2), weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention: every token asks N questions of every source token (Vaswani et al. 2017, section 3.2.2).
+
+    One class serves self-attention, causal attention, cross-attention, grouped-query attention, rotary positions, and
+    DETR's separate position term on queries and keys. The product itself runs in the backend that transformers'
+    attention interface names: eager, sdpa, flash, flex or paged.
+
+    Args:
+        source_size: width of the source states of cross-attention. Default: the hidden size.
+        num_branches: the residual branches of the stack, which `config.residual_init` may depend on.
+    """
+
+    def __init__(
+        self, config, layer_idx: int, *, is_causal: bool = False, source_size: int | None = None, num_branches: int = 1
+    ):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        source_size = config.hidden_size if source_size is None else source_size
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(source_size, key_value_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(source_size, key_value_size, bias=config.qkv_bias)
+        self.o_proj = ResidualLinear(query_size, config.hidden_size, config.use_bias, num_branches)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        *,
+        source_states=None,
+        rotary=None,
+        query_position=None,
+        key_position=None,
+        packing=None,
+        source_packing=None,
+        output_tokens=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            hidden_states: (B, T, D), which ask.
+            source_states: (B, S, D'), which answer; None for self-attention.
+            attention_mask: in the form of the backend in use (`create_causal_mask`, `create_bidirectional_mask`).
+            rotary: the pair from `rotary_angles`, or None.
+            query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
+                not before the value's (Carion et al. 2020, figure 10).
+            packing: the `Packing` of `hidden_states` (1, M, D): attention runs on their padded places.
+            source_packing: the `Packing` of `source_states`, where they are packed too.
+            output_tokens: the `Packing` or `FirstToken` of the tokens whose output is wanted; the others only answer.
+            **kwargs: under `CACHE_NAME` a transformers cache, which keeps keys and values for later calls; the others
+                go to the attention backend.
+
+        Returns:
+            The output (B, T, D), or of the `output_tokens` alone, as they pack it; and the probabilities (B, N, T, S)
+            or None where the backend does not form them.
+        """
+        is_self_attention, cache = source_states is None, kwargs.pop(CACHE_NAME, None)
+        query = hidden_states if query_position is None else hidden_states + query_position
+        query = self.q_proj(query if output_tokens is None else output_tokens.pack(query))
+        query = self._split_heads(query if output_tokens is None else output_tokens.unpack(query))  # (B, N, T, H)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if rotary is not None:
+            query = apply_rotary(query, *rotary)
+        if is_self_attention:
+            key, value = self._project_source(hidden_states, key_position, rotary)
+            if cache is not None:
+                cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one changes kwargs, too
+            source_packing = packing
+        else:
+            key, value = self._source(source_states, key_position, rotary, cache)
+        attend = partial(
+            self._attend,
+            mask=attention_mask,
+            packing=packing,
+            source_packing=source_packing,
+            output_tokens=output_tokens,
+            **kwargs,
+        )
+        # Padded again, queries, keys, values and scores are the largest tensors of a block.
+        recompute = packing is not None and self.training and not self.attention_dropout
+        return linear_of(self.o_proj, attend, query, key, value, recompute=recompute)
+
+    def _project_source(self, states, position, rotary):
+        """The keys and values (B, K, S, H) of source states (B, S, D')."""
+        key = self._split_heads(self.k_proj(states if position is None else states + position))
+        value = self._split_heads(self.v_proj(states))
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return (key if rotary is None else apply_rotary(key, *rotary)), value
+
+    def _source(self, states, position, rotary, cache):
+        """As `_project_source`, but once for a whole generation, where a cache keeps them."""
+        if not isinstance(cache, EncoderDecoderCache):
+            return self._project_source(states, position, rotary)
+        if not cache.is_updated.get(self.layer_idx):
+            key, value = self._project_source(states, position, rotary)
+            cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        kept = cache.cross_attention_cache.layers[self.layer_idx]
+        return kept.keys, kept.values
+
+    def _attend(self, query, key, value, mask, packing, source_packing, output_tokens, **kwargs):
+        """Queries, keys and values (B, heads, T or S, H) to what the heads found (B, T, N H), and the probabilities."""
+        if packing is not None:
+            query = packing.unpack(query.transpose(1, 2)).transpose(1, 2)
+        if source_packing is not None:
+            key, value = (source_packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        beams, num_tokens = len(query) // len(key), query.shape[2]
+        if beams > 1:  # the beams of an input share its source: (B beams, N, T, H) -> (B, N, beams T, H)
+            query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+            mask = mask if mask is None else mask[:, :, :1]
+        output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        if beams > 1:
+            output = output.unflatten(1, (beams, num_tokens)).flatten(0, 1)
+            if weights is not None:
+                weights = weights.unflatten(2, (beams, num_tokens)).transpose(1, 2).flatten(0, 1)
+        output = output.flatten(2)  # (B, T, N, H) -> (B, T, N H)
+        for chosen in (packing, output_tokens):
+            output = output if chosen is None else chosen.pack(output)
+        return output, weights
+
+    def _split_heads(self, projected):
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,45 @@
+"""Beams that share their source: in generation, the rows of one input look at one copy of its keys and values."""
+
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+
+class SharedSourceCache(EncoderDecoderCache):
+    """A cache for a decoder whose source has one row for each input, and not one for each of its beams.
+
+    Beams trade places only within an input, so whatever selects or repeats rows concerns self-attention alone.
+    """
+
+    def reorder_cache(self, beam_idx):
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int):
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        self.self_attention_cache.batch_select_indices(indices)
+
+
+def with_source(cache: Cache, config) -> EncoderDecoderCache:
+    """The cache of a decoder, with room for the keys and values of its source."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache
+    return SharedSourceCache(cache, DynamicCache(config=config))
+
+
+class SharesSource:
+    """For a model that generates from a source: `generate` repeats every input for each beam, but not the source.
+
+    The attention then folds the beams of an input into its queries (`attention.MultiHeadAttention`), which the backends
+    that take any mask can do.
+    """
+
+    source_inputs = ("encoder_hidden_states", "encoder_attention_mask")
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        shared = {}
+        if self.config._attn_implementation in ("eager", "sdpa"):
+            shared = {name: model_kwargs.pop(name) for name in self.source_inputs if name in model_kwargs}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **shared}
