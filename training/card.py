@@ -27,7 +27,7 @@ from PIL import Image
 from hf_models.zoo import ZOO
 from training.arguments import user_errors
 from training.files import text_of, write_atomic
-from training.hand_written import is_foreign, merge, merge_header
+from training.hand_written import is_foreign, merge, merge_header, split_header
 from training.snippets import PIPELINES, USES, snippet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -44,6 +44,9 @@ PICTURES = {
     "decoder_attention.png": "Where the decoder looks for each box that it finds",
     "query_slots.png": "Where each query finds objects in all held-out images (Carion et al. 2020, figure 7)",
 }
+# In a card: its title, and how to use the model.
+TITLE = re.compile("^# (.+)$", flags=re.MULTILINE)
+SNIPPET = re.compile(r"^```python\n(.*?)\n```$", flags=re.DOTALL | re.MULTILINE)
 LARGEST_PICTURE = 150_000  # bytes of a picture in model_cards/
 
 
@@ -146,13 +149,35 @@ def card_files(
         results,
         name=source.split("/")[-1] if source else folder.resolve().name,
         code=snippet(source or output_dir, _task(results), source is not None, revision),
-        pictures={name: name for name in PICTURES if (folder / name).exists()},
+        pictures=_pictures(folder),
+        code_version=_code_version(folder),
     )
     own = text_of(folder / "README.md")
     files = {"README.md": own if is_foreign(own) else card.text(own, published, publishes=source is not None)}
     if entries := eval_entries(results):
         files[EVAL_RESULTS] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
     return files
+
+
+def renewed_card(folder: Path, code_version: str) -> str | None:
+    """README.md for code of another version, made again with its own title, snippet and words; None where there is no
+    such card, or no eval_results.json to make it from."""
+    own = text_of(folder / "README.md")
+    title, code = TITLE.search(split_header(own)[1]), SNIPPET.search(own or "")
+    if is_foreign(own) or not title or not code or not (folder / "eval_results.json").exists():
+        return None
+    results = read_results(folder / "eval_results.json")
+    return Card(results, title[1], code[1], _pictures(folder), code_version).text(own)
+
+
+def _pictures(folder: Path) -> dict[str, str]:
+    return {name: name for name in PICTURES if (folder / name).exists()}
+
+
+def _code_version(folder: Path) -> str | None:
+    """Of the code that travels with a checkpoint; the config's may be of one that the checkpoint was made from."""
+    found = re.search(r'^ZOO_VERSION = "([\w.+-]+)"$', text_of(folder / "base.py") or "", flags=re.MULTILINE)
+    return found and found[1]
 
 
 def export(path: str | Path, output: str | Path | None = None) -> Path:
@@ -255,12 +280,13 @@ def eval_entries(results: dict[str, Any]) -> list[EvalResultEntry]:
 
 
 class Card(NamedTuple):
-    """What a card is made of. pictures: name to place."""
+    """What a card is made of. pictures: name to place. code_version: of hf_models, whose code is in the checkpoint."""
 
     results: dict[str, Any]
     name: str
     code: str
     pictures: dict[str, str]
+    code_version: str | None = None
 
     def text(self, own: str | None = None, published: str | None = None, publishes: bool = False) -> str:
         """The card with what people wrote into earlier versions of it: `own`, beside the run, and `published`, on the
@@ -297,6 +323,7 @@ class Card(NamedTuple):
             "size_paper": ZOO[size].paper if size in ZOO else None,
             "started_from": ", ".join(_linked(name, name) for name in _started_from(results)),
             "snippet": _fenced(self.code, "python"),
+            "code_version": self.code_version,
             "results": _table("measured on held-out data", "", {_label(k): v for k, v in measures(results).items()}),
             "per_class": _table("class", _label(classes.removeprefix(PER_CLASS)), _numbers(results.get(classes))),
             "best_step": f"{numbers['best_step']:,}" if "best_step" in numbers else None,

@@ -1,40 +1,37 @@
 """From a finished run to the Hub: one commit, which is safe to repeat.
 
     python -m training.publish runs/gpt-embedded --repo user/name
+    python -m training.publish user/name --code_only    only replace the code that is published there by the current one
 
 A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
-left there and the run no longer has. It remembers nothing: whatever was interrupted, and whichever answer was lost, it
-looks at the repository again and does what is left. The commit names the one that it was compared with as its parent,
-so that two writers never mix.
+left there and the run no longer has.
 """
 
 import argparse
 import contextlib
-import copy
 import os
-import re
 import shlex
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import (
     HTTPError,  # of the HTTP client that huggingface_hub uses, whichever it is
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status, validate_repo_id
-from huggingface_hub.utils.sha import git_hash
 
+from hf_models.base import ZOO_VERSION
 from hf_models.verify import SUMS, checksums, is_listed
 from training.arguments import one_line, user_errors
 from training.card import EVAL_RESULTS, PICTURES, card_files
+from training.commits import Commit, Plan, refuse_token
 from training.files import text_of, write_atomic
 from training.hand_written import is_foreign, sections
-from training.hub_errors import explain, is_passing, persist, without_token
+from training.hub_errors import explain, is_passing, without_token
+from training.renewal import PACKAGE, renew
 from training.run_folder import RunLock
 from training.snippets import EXAMPLE
 from training.steps import WEIGHTS, export_step
@@ -42,7 +39,6 @@ from training.steps import WEIGHTS, export_step
 # Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
 # optimizer, locks, logs of trackers) is not for others.
 MEASURED = ["eval_results.json", "metrics.jsonl", *PICTURES]
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")  # as the Hub makes them
 
 
 def push(
@@ -70,25 +66,91 @@ def push(
     Raises:
         ValueError: in one line, why it cannot be published, and what to do.
     """
-    folder, options = Path(output_dir), {"branch": branch, "tag": tag, "step": step}
-    try:
+    options = {"--branch": branch, "--tag": tag, "--step": step, "--private": private, "--dry-run": dry_run}
+
+    def publish() -> str:
+        folder = Path(output_dir)
         with contextlib.ExitStack() as stack:
             if step is not None:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="publish-"))
                 names = [name for name in published_files(folder) if name not in MEASURED]
                 run, folder = folder, Path(temporary, folder.resolve().name)
                 export_step(run, step, names, folder)
-                branch = branch or f"step-{step}"
-            return _Push(folder, repo_id, private, branch or "main", tag).run(dry_run)
+            to_branch = branch or ("main" if step is None else f"step-{step}")
+            return _Push(folder, repo_id, private, to_branch, tag).run(dry_run)
+
+    what = f"publish {output_dir} to {repo_id}"
+    return _in_one_line(publish, what, repo_id, output_dir, {"--repo": repo_id, **options})
+
+
+def replace_code(
+    run: str | Path,
+    repo_id: str | None = None,
+    private: bool = False,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+):
+    """Replaces the code of a checkpoint by the current one, with all that depends on it: auto_map and version in its
+    config, its sums and its card. The weights are not read, sent or fetched, and words of people stay.
+
+    Args:
+        run: a folder that a run or `save_pretrained` left; or in its place "user/name", a repository of the Hub.
+        repo_id: a repository, "user/name", whose code is replaced too, in one commit; whatever it holds besides code
+            need not be that of the folder.
+        private, branch, tag: as in `push`. The branch has to exist.
+        dry_run: only print what would be done; nothing is written, neither there nor here.
+
+    Raises:
+        ValueError: in one line, why it cannot be done, and what to do.
+    """
+    folder, options = Path(run), {"--branch": branch, "--tag": tag, "--private": private}
+    options = {"--repo": repo_id, "--code_only": True, **options, "--dry-run": dry_run}
+    if folder.is_dir():
+        if repo_id is None and (branch or tag or private):
+            raise ValueError("--branch, --tag and --private are about a repository: say which one with --repo")
+        _replace_code_here(folder, dry_run)
+        if repo_id is None:
+            return
+        what = f"replace the code of {repo_id}"
+    elif repo_id is None:
+        repo_id, what = str(run), f"replace the code of {run} on the Hub (there is no such folder here)"
+    else:
+        raise ValueError(f"{run} is not a folder; for the repository alone, give {repo_id} in its place")
+
+    def publish():
+        _CodePush(repo_id, private, branch or "main", tag).run(dry_run)
+
+    _in_one_line(publish, what, repo_id, run, options)
+
+
+def _replace_code_here(folder: Path, dry_run: bool):
+    lines = renew(folder).lines(folder)
+    if not lines:
+        print(f"{folder} has the current code already, of hf_models {ZOO_VERSION}", flush=True)
+    elif dry_run:
+        print(f"would change {folder}:", *lines, sep="\n", flush=True)
+    else:
+        with RunLock(folder, "RUN_DIR"):  # a training that still writes it is named
+            renew(folder).apply(folder)
+        print(f"changed {folder}:", *lines, sep="\n", flush=True)
+
+
+def _in_one_line(action: Callable, what: str, repo_id: str, run_dir: str | Path, options: dict):
+    """Does it. Whatever goes wrong is a ValueError of one line: what cannot be done and why, and where repeating it may
+    help the command for that, with RUN_DIR and the options that are given."""
+    try:
+        return action()
     except (ValueError, OSError, RuntimeError, HTTPError) as error:
         reason = explain(error, repo_id)
         if is_passing(error):
-            words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-            words = [str(output_dir), f"--repo={repo_id}", *words] + ["--private"] * private + ["--dry-run"] * dry_run
-            what = "asks again" if dry_run else "goes on where it stopped"
-            reason += f"; `python -m training.publish {shlex.join(words)}` {what}"
+            given = {flag: value for flag, value in options.items() if value is not None and value is not False}
+            words = [flag if value is True else f"{flag}={value}" for flag, value in given.items()]
+            repeated = "asks again" if options["--dry-run"] else "goes on where it stopped"
+            reason += f"; `python -m training.publish {shlex.join([str(run_dir), *words])}` {repeated}"
     # Outside of the handler: a traceback would show the client's words too.
-    raise ValueError(without_token(f"cannot publish {output_dir} to {repo_id}: {reason}"))
+    raise ValueError(without_token(f"cannot {what}: {reason}"))
 
 
 def published_files(folder: Path) -> list[str]:
@@ -131,40 +193,12 @@ def _check_weights(folder: Path, sums: dict[str, str]):
 # ------------------------------------------------------------------------------------------------------- one push
 
 
-@dataclass
-class Plan:
-    """What makes a repository hold a run."""
-
-    head: str | None  # the commit that it was compared with; None: there is no such repository
-    send: list[CommitOperationAdd] = field(default_factory=list)
-    keep: list[CommitOperationAdd] = field(default_factory=list)
-    delete: list[str] = field(default_factory=list)
-
-    @property
-    def changes(self) -> list:
-        return [*self.send, *self.delete]
-
-    def __str__(self) -> str:
-        size, number = sum(file.upload_info.size for file in self.send), len(self.send)
-        sent = f"{number} file{'s' * (number != 1)} to send ({size / 1e6:,.1f} MB)"
-        return f"{sent}, {len(self.keep)} unchanged, {len(self.delete)} to delete"
-
-    def lines(self) -> list[str]:
-        """A line for each file: what becomes of it, and its size in bytes."""
-        shown = [("send", file) for file in self.send] + [("unchanged", file) for file in self.keep]
-        lines = [(file.path_in_repo, what, f"{file.upload_info.size:,}") for what, file in shown]
-        lines += [(name, "delete", "") for name in self.delete]
-        return [f"  {what:9} {size:>14}  {name}" for name, what, size in sorted(lines)]
-
-
-class _Push:
+class _Push(Commit):
     """One run, and the repository that is to hold it."""
 
     def __init__(self, folder: Path, repo_id: str, private: bool, branch: str, tag: str | None):
-        self.folder, self.private, self.branch, self.tag = folder, private, branch, tag
-        self.api = HfApi()
-        self.repo_id = repo_id if "/" in repo_id else f"{persist(self.api.whoami)['name']}/{repo_id}"
-        validate_repo_id(self.repo_id)
+        super().__init__(repo_id, private, branch, tag)
+        self.folder, self.title = folder, f"Publish {folder.resolve().name}"
         self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
         sums = checksums(folder)
         _check_weights(folder, _read_sums(sums))
@@ -172,20 +206,15 @@ class _Push:
             self.files[name].upload_info.sha256 = bytes.fromhex(sha256)
         self.files[SUMS] = CommitOperationAdd(SUMS, sums.encode())
         self.sums, self.readme = sums, None  # what the folder is to have at the end
-        _refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
+        refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
 
     def run(self, dry_run: bool) -> str:
-        """The URL, once the repository holds the run."""
-        url = f"{self.api.endpoint}/{self.repo_id}" + (f"/tree/{self.branch}" if self.branch != "main" else "")
-        if dry_run:
-            plan = persist(self.foresee)
-            print(f"would publish to {url}: {plan}", *plan.lines(), sep="\n")
-            return url
-        persist(self.attempt)
-        try:
-            self.write_back()
-        except OSError as error:
-            print(f"{one_line(error)}: {self.folder} stays without the card and the sums of {url}", flush=True)
+        url = super().run(dry_run)
+        if not dry_run:
+            try:
+                self.write_back()
+            except OSError as error:
+                print(f"{one_line(error)}: {self.folder} stays without the card and the sums of {url}", flush=True)
         return url
 
     def write_back(self):
@@ -201,21 +230,13 @@ class _Push:
         else:
             print(f"{readme} was changed while it was published, and stays as it is: publish again", flush=True)
 
-    def attempt(self):
-        """Everything from the beginning. Whatever an earlier attempt has done is found done."""
+    def attempt(self) -> Plan:
         self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
         if self.branch != "main":
             self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
-        plan = self.compare(self.branch)
-        is_tagged, head = self.is_tagged(plan), plan.head
-        if plan.changes:
-            print(f"{self.repo_id}: {plan}", flush=True)
-            head = self.commit(plan)
-        if self.tag and not is_tagged:
-            self.api.create_tag(self.repo_id, tag=self.tag, revision=head, exist_ok=True)
+        return super().attempt()
 
     def foresee(self) -> Plan:
-        """What an attempt would find, without making anything."""
         try:
             try:
                 plan = self.compare(self.branch)
@@ -228,35 +249,11 @@ class _Push:
 
     def compare(self, revision: str) -> Plan:
         """The run and the repository at `revision`, file by file."""
-        info = self.api.model_info(self.repo_id, revision=revision)
-        if self.private and not info.private:
-            raise ValueError(f"{self.repo_id} is public: make it private in its settings, or leave out --private")
-        there = self.tree(info.sha)
-        files = [*self.files.values(), *self.card(self.fetch("README.md", there, info.sha))]
-        _refuse_token(files)
-        plan = Plan(info.sha)
-        for file in files:
-            (plan.keep if _is_same(file, there.get(file.path_in_repo)) else plan.send).append(file)
-        plan.delete = self.left_over({file.path_in_repo for file in files}, there, info.sha)
+        head, there = self.look(revision)
+        files = [*self.files.values(), *self.card(self.fetch("README.md", there, head))]
+        plan = self.plan(head, there, files)
+        plan.delete = self.left_over({file.path_in_repo for file in files}, there, head)
         return plan
-
-    def commit(self, plan: Plan) -> str:
-        """The id of the commit, in which everything has arrived."""
-        # Copies: the client marks what it has sent, which the next attempt is not to rely on.
-        changes = [*map(copy.copy, plan.send), *map(CommitOperationDelete, plan.delete)]
-        message = f"Publish {self.folder.resolve().name}"
-        done = self.api.create_commit(
-            self.repo_id, changes, commit_message=message, revision=self.branch, parent_commit=plan.head
-        )
-        there = self.tree(done.oid)
-        lost = [file.path_in_repo for file in plan.send if not _is_same(file, there.get(file.path_in_repo))]
-        if lost:
-            raise ValueError(f"the repository did not take {', '.join(lost)}: is there a .gitignore in it?")
-        return done.oid
-
-    def tree(self, revision: str) -> dict[str, RepoFile]:
-        tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
-        return {file.path: file for file in tree if isinstance(file, RepoFile)}
 
     def card(self, theirs: str | None) -> list[CommitOperationAdd]:
         """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
@@ -283,48 +280,36 @@ class _Push:
         ours = {*MEASURED, EXAMPLE, EVAL_RESULTS, *_read_sums(self.fetch(SUMS, there, revision))}
         return [name for name in others if name in ours or WEIGHTS.fullmatch(name)]
 
-    def fetch(self, name: str, there: dict[str, RepoFile], revision: str) -> str | None:
-        """The text of a small file of the repository; from here if that is the same. None if there is none."""
-        if name not in there:
-            return None
-        mine = self.folder / name
-        if mine.exists() and git_hash(mine.read_bytes()) == there[name].blob_id:
-            return mine.read_text(encoding="utf-8")
-        response = get_session().get(hf_hub_url(self.repo_id, name, revision=revision), headers=build_hf_headers())
-        hf_raise_for_status(response)
-        if not there[name].lfs and git_hash(response.content) != there[name].blob_id:
-            raise RuntimeError(f"{name} arrived damaged")
-        return response.content.decode("utf-8")
 
-    def is_tagged(self, plan: Plan) -> bool:
-        """Whether the tag is where it shall be. Raises ValueError if it is elsewhere."""
-        if self.tag is None:
-            return False
-        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(self.repo_id).tags}
-        if self.tag in tags and (plan.changes or tags[self.tag] != plan.head):
-            raise ValueError(f"the tag {self.tag} names another commit already: choose another --tag")
-        return self.tag in tags
+class _CodePush(Commit):
+    """The current code for what a repository holds, whatever that is and wherever it came from."""
 
+    title = f"Replace the code by that of hf_models {ZOO_VERSION}"
+    folder = PACKAGE
 
-def _is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:
-    if there is None or there.size != file.upload_info.size:
-        return False
-    if there.lfs:
-        return there.lfs.sha256 == file.upload_info.sha256.hex()
-    with file.as_file() as content:
-        return there.blob_id == git_hash(content.read())
+    def attempt(self) -> Plan:
+        plan = super().attempt()
+        print(f"{self.url} has the current code{'' if plan.changes else ' already'}, of hf_models {ZOO_VERSION}")
+        return plan
 
-
-def _refuse_token(files: Iterable[CommitOperationAdd]):
-    """Raises ValueError if the login, or another token of the Hub, is in a file that is about to be everybody's."""
-    token = (get_token() or "").encode()
-    for file in files:
-        if file.upload_info.size < 100e6 and not file.path_in_repo.endswith(".safetensors"):
-            with file.as_file() as content:
-                text = content.read()
-            if (token and token in text) or TOKEN.search(text):
-                whose = "your token" if token and token in text else "a token of the Hub"
-                raise ValueError(f"{file.path_in_repo} contains {whose}: take it out, and make a new one")
+    def compare(self, revision: str) -> Plan:
+        """The code and the repository at `revision`. What `renew` reads is fetched, and of pictures their names."""
+        head, there = self.look(revision)
+        code = [name for name in there if name.endswith(".py") and "/" not in name]
+        with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
+            for name in ["config.json", SUMS, "README.md", "eval_results.json", *code]:
+                if (text := self.fetch(name, there, head)) is not None:
+                    Path(temporary, name).write_bytes(text.encode())
+            for name in PICTURES:
+                if name in there:
+                    Path(temporary, name).touch()
+            try:
+                renewal = renew(Path(temporary))
+            except ValueError as error:
+                raise ValueError(str(error).replace(temporary, self.repo_id)) from None
+        plan = self.plan(head, there, [CommitOperationAdd(name, content) for name, content in renewal.files.items()])
+        plan.delete = renewal.delete
+        return plan
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -344,18 +329,33 @@ def main(argv: list[str] | None = None):
         "interrupted one stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="output folder of a finished run")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="output folder of a finished run; with --code_only also a USER/NAME"
+    )
     parser.add_argument("--repo", metavar="USER/NAME", help="default: the login's user, and the name of the folder")
     parser.add_argument("--private", action="store_true", help="make a private repository, and refuse a public one")
     parser.add_argument("--dry-run", action="store_true", help="only print what would be sent and deleted")
     parser.add_argument("--branch", metavar="NAME", help="commit to this branch; default: main, or step-N with --step")
     parser.add_argument("--tag", metavar="NAME", help="give the commit this name")
     parser.add_argument("--step", metavar="N", type=int, help="publish the weights of checkpoints/step-N, not the last")
+    parser.add_argument(
+        "--code_only",
+        "--code-only",
+        action="store_true",
+        help="replace the code of a checkpoint by the current one, with the sums and the card, but leave the weights "
+        "alone: in the folder RUN_DIR, and in --repo if it is given; or in the repository RUN_DIR",
+    )
     with user_errors(), contextlib.ExitStack() as stack:
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # a value is not repeated: it may be a secret
             what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
             raise ValueError(f"{what}; see `python -m training.publish --help`")
+        if args.code_only:
+            if args.step is not None:
+                raise ValueError(f"--code_only takes no --step: name its branch, --branch step-{args.step}")
+            options = {"branch": args.branch, "tag": args.tag, "dry_run": args.dry_run}
+            replace_code(args.run_dir, args.repo, args.private, **options)
+            return
         published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
         if not args.dry_run and os.access(folder, os.W_OK):  # what nobody can write needs no lock
             stack.enter_context(RunLock(folder, "RUN_DIR"))  # a training that still writes it is named
