@@ -64,7 +64,7 @@ def test_every_family_of_the_zoo_is_tested():
         ({"residual_init": "ones"}, "residual_init"),
         ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "class_weights .*(num_labels|no_object_weight)"),
         ({"hidden_size": "32"}, "hidden_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "num_(hidden|decoder)_layers"),
         ({"intermediate_size": 0}, "intermediate_size"),
         ({"head_dim": 0}, "head_dim"),
     ],
