@@ -21,7 +21,7 @@ from torch import Tensor
 from training.documents import Corpus, Documents, fingerprint_of
 from training.metrics import Classification, Entities, Regression, entities, load_metric
 from training.tables import Table
-from training.text import IGNORED_LABEL
+from training.text.tokens import IGNORED_LABEL
 
 
 class Columns(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from training.masking import document_borders, later_pieces, sentence_ends
-from training.text import IGNORED_LABEL
+from training.text.tokens import IGNORED_LABEL
 from training.tokenizer import separator_id
 
 

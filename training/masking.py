@@ -17,7 +17,7 @@ import torch
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from training.text import IGNORED_LABEL
+from training.text.tokens import IGNORED_LABEL
 from training.tokenizer import missing_tokens, separator_id
 
 MIN_PAIR = 8  # tokens; a shorter sequence is too short to be parted in two

@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 from training.files import write_atomic
-from training.text import is_local_main_process
+from training.text.tokens import is_local_main_process
 
 
 class ShardFolder(ABC):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from training.documents import Corpus, fingerprint_of
 from training.shards import ShardFolder
-from training.text import TokenRows, token_folder, token_type
+from training.text.tokens import TokenRows, token_folder, token_type
 from training.tokenizer import encode_documents, tokenizer_fingerprint
 
 

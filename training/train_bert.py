@@ -25,7 +25,7 @@ from training.models import create_text_model
 from training.processes import on_main_process, take_turns
 from training.results import finish
 from training.stream import StreamedTokens
-from training.text import IGNORED_LABEL, TokenCache, tokenize_documents
+from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
 from training.tokenizer import make_tokenizer, tokenizer_fingerprint
 
 QUICKSTART = {  # 13 minutes of processor time

@@ -23,7 +23,7 @@ from training.models import create_text_model
 from training.processes import on_main_process, take_turns
 from training.results import finish
 from training.stream import StreamedTokens
-from training.text import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
+from training.text.tokens import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
 from training.tokenizer import make_tokenizer, separator_id, tokenizer_fingerprint
 
 QUICKSTART = {  # a few minutes on two CPU cores

@@ -11,7 +11,7 @@ from tests.training.corpora import LINES
 from training import documents
 from training.documents import stream_corpus
 from training.stream import StreamedTokens
-from training.text import tokenize_documents
+from training.text.tokens import tokenize_documents
 from training.tokenizer import encode_documents, make_tokenizer
 
 

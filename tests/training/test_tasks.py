@@ -13,7 +13,7 @@ import torch
 from training.labelled import collate
 from training.tables import read_tables
 from training.tasks import BENCHMARKS, read_task
-from training.text import IGNORED_LABEL
+from training.text.tokens import IGNORED_LABEL
 from training.tokenizer import make_tokenizer
 
 REVIEWS = [("a fine day, NA", "good"), ("a bad day", "bad"), ('"so so"', "good"), ("", "bad")]

@@ -12,11 +12,11 @@ from transformers import GPT2Config
 from transformers.masking_utils import create_causal_mask
 
 from hf_models.base import CACHE_NAME
-from training import text
-from training.text import TokenCache, TokenRows, evaluation_rows, tokenize_documents
+from training.text import tokens as text
+from training.text.tokens import TokenCache, TokenRows, evaluation_rows, tokenize_documents
 from training.tokenizer import make_tokenizer, separator_id
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 # token cache
@@ -69,7 +69,8 @@ KILLED = """
 import sys, time
 import huggingface_hub.constants
 huggingface_hub.constants.HF_HOME = sys.argv[2]
-from training import documents, text, tokenizer
+from training.text import tokens as text
+from training import documents, tokenizer
 real = text._write_tokens
 def slow(path, *rest):
     real(path, *rest)
