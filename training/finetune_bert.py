@@ -27,7 +27,7 @@ from training.labelled import LabelledRows, Validation, weigh_classes
 from training.loop import identify, open_run, train
 from training.results import finish
 from training.task_models import create_task_model, create_tokenizer
-from training.tasks import read_task
+from training.tasks.read import read_task
 from training.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3

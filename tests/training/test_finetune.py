@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_models
 from tests.training.cards import code_of
-from tests.training.test_tasks import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
+from tests.training.tasks.test_read import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
 from training import finetune_bert, loop
 from training.arguments import parse_arguments
 from training.finetune_bert import FineTuningArguments, plan_steps

@@ -8,7 +8,7 @@ import hf_models
 from training.arguments import parse_arguments
 from training.finetune_bert import FineTuningArguments
 from training.models import is_checkpoint
-from training.tasks import BENCHMARKS
+from training.tasks.read import BENCHMARKS
 from training.train_bert import BertArguments
 from training.train_detr import DetrArguments
 from training.train_gpt import GPTArguments

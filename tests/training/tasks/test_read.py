@@ -12,7 +12,7 @@ import torch
 
 from training.labelled import collate
 from training.tables import read_tables
-from training.tasks import BENCHMARKS, read_task
+from training.tasks.read import BENCHMARKS, read_task
 from training.text.tokens import IGNORED_LABEL
 from training.tokenizer import make_tokenizer
 
