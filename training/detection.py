@@ -32,7 +32,7 @@ from training.detection_files import (
 from training.documents import fingerprint_of, load_hub, split_of
 from training.image_files import StoredImages, label_ids, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
-from training.images import hold_out, load_local, look_at, overlap
+from training.images.read import hold_out, load_local, look_at, overlap
 
 WINDOW = 16  # global batches that are sorted by aspect together
 ORDER = 1  # what a seed is for, besides the order of the images

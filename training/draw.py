@@ -30,7 +30,7 @@ from training.canvases import embedded_canvases
 from training.decoding import decode_all
 from training.figures import curves
 from training.image_rows import ArrayRows
-from training.images import read_images
+from training.images.read import read_images
 from training.models import normalisation_of
 
 TEXT = "The list is empty because nobody has put anything into it."

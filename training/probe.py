@@ -23,7 +23,7 @@ from hf_models.vit import pool
 from training.arguments import user_errors
 from training.augment import Augmentation
 from training.image_rows import ImageRows
-from training.images import read_images
+from training.images.read import read_images
 from training.models import IMAGE_MODELS, normalisation_of
 
 POOLINGS = ("class", "mean", "both")

@@ -21,7 +21,7 @@ from training.augment import Augmentation
 from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.image_stream import ROWS_PER_SHARD
 from training.image_validation import ClassValidation, ReconstructionValidation
-from training.images import ImageData, read_images
+from training.images.read import ImageData, read_images
 from training.loop import identify, open_run, train
 from training.models import (
     create_image_model,

@@ -20,7 +20,7 @@ from training import train_vit
 from training.augment import Augmentation
 from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.image_validation import ClassValidation
-from training.images import read_images
+from training.images.read import read_images
 from training.models import create_image_model, create_image_processor, normalisation_of
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
