@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_models import ZooDetrForObjectDetection
 from hf_models.matching import count_items
 from training import draw, figures
-from training.detection import DetectionRows
+from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform, evaluation_batches
 from training.image_validation import whole_copy
 from training.metrics import CocoDetection, load_metric

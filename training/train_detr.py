@@ -20,7 +20,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.resnet import load_backbone_weights
 from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.detection import DetectionData, read_detection
+from training.detection.read import DetectionData, read_detection
 from training.detection_batches import DetectionBatches, DetectionTransform
 from training.detection_validation import DetectionValidation
 from training.image_batches import channel_statistics

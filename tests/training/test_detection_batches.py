@@ -9,7 +9,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 
 from tests.training import boxes as written
 from training import detection_batches
-from training.detection import read_detection
+from training.detection.read import read_detection
 from training.detection_batches import DetectionBatches, DetectionTransform, evaluation_batches
 
 CONFIG = {"num_labels": 2, "num_queries": 5, "no_object_weight": 0.1, "num_denoising_groups": 0}

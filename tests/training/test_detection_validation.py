@@ -12,7 +12,7 @@ from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from tests.training.pictures import content, picture
 from training import detection_validation
 from training.canvases import Canvases
-from training.detection import DetectionRows
+from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform
 from training.detection_files import Box, BoxSet
 from training.detection_validation import DetectionValidation

@@ -13,7 +13,7 @@ from tests.training.boxes import IMAGES, NAMES
 from tests.training.pictures import picture
 from training import decoding
 from training.canvases import digits_on_canvases, embedded_canvases
-from training.detection import read_detection
+from training.detection.read import read_detection
 from training.image_files import embedded_digits
 from training.image_rows import BadImages
 
