@@ -25,13 +25,13 @@ from transformers.utils import logging
 
 from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViTModel
 from training import figures
-from training.arguments import one_line, user_errors
 from training.canvases import embedded_canvases
 from training.decoding import decode_all
 from training.figures import curves
 from training.image_rows import ArrayRows
 from training.images.read import read_images
 from training.models import normalisation_of
+from training.run.arguments import one_line, user_errors
 
 TEXT = "The list is empty because nobody has put anything into it."
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token
 
-from training.arguments import one_line
+from training.run.arguments import one_line
 
 WAITS = [1, 4, 16]  # seconds before another try
 LONGEST_WAIT = 600  # seconds; the Hub counts requests over half of that

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.arguments import RunArguments, one_line, print_error, user_errors
 from training.checkpoint import Checkpoints, gather_training_state
 from training.costs import Costs, measured_costs
 from training.optim import EMA, create_optimizers, learning_rate_factor
@@ -38,6 +37,7 @@ from training.processes import (
 )
 from training.results import MetricsLog
 from training.resume import compare_with_best, resume, return_to_best
+from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run_folder import RunLock, check_identity, move_aside
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import broadcast_object_list, reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from training.arguments import RunArguments, one_line
+from training.run.arguments import RunArguments, one_line
 
 Batch = TypeVar("Batch")
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from training.arguments import RunArguments, user_errors
 from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.optim import EMA
 from training.processes import on_main_process
+from training.run.arguments import RunArguments, user_errors
 
 
 def resume(

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.documents import read_documents
 from training.guesses import count_correct, guess_words, pseudo_perplexity
 from training.loop import identify, open_run, train
@@ -24,6 +23,7 @@ from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
 from training.processes import on_main_process, take_turns
 from training.results import finish
+from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.stream import StreamedTokens
 from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
 from training.tokenizer import make_tokenizer, tokenizer_fingerprint

@@ -19,7 +19,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.resnet import load_backbone_weights
-from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.detection.read import DetectionData, read_detection
 from training.detection_batches import DetectionBatches, DetectionTransform
 from training.detection_validation import DetectionValidation
@@ -28,6 +27,7 @@ from training.loop import identify, open_run, train
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
 from training.processes import micro_batches
 from training.results import finish
+from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 
 QUICKSTART = {  # minutes on two CPU cores
     "model": "detr-mini",

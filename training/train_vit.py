@@ -16,7 +16,6 @@ from typing import Any, Literal
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
 from training.augment import Augmentation
 from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.image_stream import ROWS_PER_SHARD
@@ -32,6 +31,7 @@ from training.models import (
 )
 from training.processes import micro_batches
 from training.results import finish
+from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
 
 QUICKSTART = {  # under three minutes on two CPU cores
     "max_steps": 500,

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import hf_models
-from training.arguments import RunArguments
 from training.loop import train
 from training.optim import create_optimizers
 from training.processes import create_accelerator
+from training.run.arguments import RunArguments
 
 BATCH, TOKENS, STEPS = 16, 256, 8
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.arguments import (
+from training.run.arguments import (
     RunArguments,
     option,
     parse_arguments,
@@ -141,7 +141,7 @@ def test_help_shows_every_option_with_its_group_and_default(tmp_path, capsys):
 
 
 SCRIPT = """
-from training.arguments import user_errors
+from training.run.arguments import user_errors
 from huggingface_hub.dataclasses import strict
 from dataclasses import dataclass
 
