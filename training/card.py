@@ -25,9 +25,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from PIL import Image
 
 from hf_models.zoo import ZOO
-from training.files import text_of, write_atomic
 from training.hand_written import is_foreign, merge, merge_header, split_header
 from training.run.arguments import user_errors
+from training.run.files import text_of, write_atomic
 from training.snippets import PIPELINES, USES, snippet
 
 REPOSITORY = Path(__file__).resolve().parent.parent

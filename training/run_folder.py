@@ -12,7 +12,7 @@ import os
 import socket
 from pathlib import Path
 
-from training.files import TEMPORARY, fsync, write_atomic
+from training.run.files import TEMPORARY, fsync, write_atomic
 
 
 class RunLock:

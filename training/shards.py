@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
-from training.files import write_atomic
+from training.run.files import write_atomic
 from training.text.tokens import is_local_main_process
 
 

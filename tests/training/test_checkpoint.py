@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from tests.faults.processes import in_a_process
 from training import checkpoint as module
-from training import files
 from training.checkpoint import (
     Checkpoints,
     flatten_optimizer_state,
@@ -28,7 +27,8 @@ from training.checkpoint import (
     restore_training_state,
     unflatten_optimizer_state,
 )
-from training.files import file_record, write_atomic
+from training.run import files
+from training.run.files import file_record, write_atomic
 from training.run_folder import RunLock, check_identity, move_aside
 
 REPOSITORY = Path(__file__).parents[2]

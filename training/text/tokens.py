@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from training.documents import Corpus, Documents, fingerprint_of
-from training.files import write_atomic
+from training.run.files import write_atomic
 from training.tokenizer import encode_documents, tokenizer_fingerprint
 
 IGNORED_LABEL = -100
