@@ -10,7 +10,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from training.processes import sum_over_processes
+from training.run.processes import sum_over_processes
 
 POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL's counters, Intel's and AMD's
 

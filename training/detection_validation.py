@@ -20,7 +20,7 @@ from training.detection_batches import DetectionTransform, evaluation_batches
 from training.image_validation import whole_copy
 from training.metrics import CocoDetection, load_metric
 from training.models import create_detection_processor
-from training.processes import on_main_process, take_turns
+from training.run.processes import on_main_process, take_turns
 
 NUM_DRAWN = 6  # images
 

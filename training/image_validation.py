@@ -21,7 +21,7 @@ from training.figures import confusion_matrix
 from training.image_rows import ImageRows
 from training.metrics import ImageClassification, load_metric
 from training.probe import features, knn_accuracy, linear_probe_accuracy
-from training.processes import take_turns
+from training.run.processes import take_turns
 
 
 class ImageValidation:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from training.classification import Task
 from training.loop import seed_from
-from training.processes import on_main_process, take_turns
+from training.run.processes import on_main_process, take_turns
 from training.text.tokens import IGNORED_LABEL
 
 # What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token

@@ -19,8 +19,8 @@ from transformers.image_utils import PILImageResampling
 
 from hf_models import ZooViTForImageClassification
 from hf_models.zoo import check_fields, create_config, create_model, find_entry
-from training.processes import fastest_attention
 from training.run.arguments import parse_fields
+from training.run.processes import fastest_attention
 
 # What in the body of a model there is one of for each class.
 PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")

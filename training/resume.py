@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.optim import EMA
-from training.processes import on_main_process
 from training.run.arguments import RunArguments, user_errors
+from training.run.processes import on_main_process
 
 
 def resume(

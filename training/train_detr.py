@@ -25,9 +25,9 @@ from training.detection_validation import DetectionValidation
 from training.image_batches import channel_statistics
 from training.loop import identify, open_run, train
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
-from training.processes import micro_batches
 from training.results import finish
 from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
+from training.run.processes import micro_batches
 
 QUICKSTART = {  # minutes on two CPU cores
     "model": "detr-mini",

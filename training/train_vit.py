@@ -29,9 +29,9 @@ from training.models import (
     normalisation_of,
     starting_config,
 )
-from training.processes import micro_batches
 from training.results import finish
 from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
+from training.run.processes import micro_batches
 
 QUICKSTART = {  # under three minutes on two CPU cores
     "max_steps": 500,

@@ -19,8 +19,8 @@ import torch
 import hf_models
 from training.loop import train
 from training.optim import create_optimizers
-from training.processes import create_accelerator
 from training.run.arguments import RunArguments
+from training.run.processes import create_accelerator
 
 BATCH, TOKENS, STEPS = 16, 256, 8
 

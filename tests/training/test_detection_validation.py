@@ -18,7 +18,7 @@ from training.detection_files import Box, BoxSet
 from training.detection_validation import DetectionValidation
 from training.image_rows import BadImageLimit, Decoder
 from training.models import create_detection_processor
-from training.processes import take_turns
+from training.run.processes import take_turns
 
 NAMES = ["cat", "dog", "cow"]
 # Height and width of each image, and its boxes.
