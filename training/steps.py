@@ -15,9 +15,9 @@ from training.card import read_results
 from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.costs import measured_costs
 from training.draw import curves
-from training.optim import parameter_names
 from training.run.arguments import one_line
 from training.run.files import write_atomic
+from training.run.optim import parameter_names
 
 MAX_SHARD_SIZE = "5GB"  # of a file of weights
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # and nothing else

@@ -21,8 +21,8 @@ from gpt import default_matmul
 import hf_models
 from training.documents import read_documents
 from training.masking import MaskedRows, masked_evaluation_rows
-from training.optim import create_optimizers, learning_rate_factor
 from training.run.arguments import parse_arguments
+from training.run.optim import create_optimizers, learning_rate_factor
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
 from training.text.tokens import IGNORED_LABEL, tokenize_documents
 from training.tokenizer import make_tokenizer

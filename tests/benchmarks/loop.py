@@ -18,8 +18,8 @@ import torch
 
 import hf_models
 from training.loop import train
-from training.optim import create_optimizers
 from training.run.arguments import RunArguments
+from training.run.optim import create_optimizers
 from training.run.processes import create_accelerator
 
 BATCH, TOKENS, STEPS = 16, 256, 8

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_models.zoo import create_model
-from training.optim import EMA, Muon, create_optimizers, learning_rate_factor, named_parameters, orthogonalise
+from training.run.optim import EMA, Muon, create_optimizers, learning_rate_factor, named_parameters, orthogonalise
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99)}
 
@@ -250,7 +250,7 @@ def test_training_and_averaging_on_fsdp2_shards_equal_training_whole(prepare, na
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).with_name("optim_on_two_processes.py")
+    script = Path(__file__).parents[1].joinpath("optim_on_two_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
