@@ -5,8 +5,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from training.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.run.arguments import RunArguments, user_errors
+from training.run.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.run.optim import EMA
 from training.run.processes import on_main_process
 

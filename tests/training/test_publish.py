@@ -24,8 +24,8 @@ from hf_models.verify import check_checksums, write_checksums
 from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
 from tests.hub_server import Fault
 from training import hub_errors, publish, steps
-from training.checkpoint import Checkpoints
 from training.publish import main, push
+from training.run.checkpoint import Checkpoints
 
 ON_HUB = sorted([".gitattributes", "README.md", "SHA256SUMS", *PUBLISHED])
 

@@ -19,19 +19,19 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from tests.faults.processes import in_a_process
-from training import checkpoint as module
-from training.checkpoint import (
+from training.run import checkpoint as module
+from training.run import files
+from training.run.checkpoint import (
     Checkpoints,
     flatten_optimizer_state,
     gather_training_state,
     restore_training_state,
     unflatten_optimizer_state,
 )
-from training.run import files
 from training.run.files import file_record, write_atomic
 from training.run_folder import RunLock, check_identity, move_aside
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def some_tensors(seed: int) -> dict:
