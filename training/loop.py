@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.costs import Costs, measured_costs
 from training.results import MetricsLog
 from training.resume import compare_with_best, resume, return_to_best
 from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run.checkpoint import Checkpoints, gather_training_state
+from training.run.costs import Costs, measured_costs
 from training.run.optim import EMA, create_optimizers, learning_rate_factor
 from training.run.processes import (
     StopRequest,

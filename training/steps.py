@@ -12,10 +12,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_models
 from training.card import read_results
-from training.costs import measured_costs
 from training.draw import curves
 from training.run.arguments import one_line
 from training.run.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
+from training.run.costs import measured_costs
 from training.run.files import write_atomic
 from training.run.optim import parameter_names
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.costs import Costs, EnergyCounter, cpu_counters, gpu_counter, measured_costs, processor_seconds
+from training.run.costs import Costs, EnergyCounter, cpu_counters, gpu_counter, measured_costs, processor_seconds
 
 NOTHING = {"seconds": 0.0, "processor_seconds": 0.0, "joules": {"CPU": 0.0, "GPU": 0.0}}
 
