@@ -29,6 +29,7 @@ from training.resume import compare_with_best, resume, return_to_best
 from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run.checkpoint import Checkpoints, gather_training_state
 from training.run.costs import Costs, measured_costs
+from training.run.folder import RunLock, check_identity, move_aside
 from training.run.optim import EMA, create_optimizers, learning_rate_factor
 from training.run.processes import (
     StopRequest,
@@ -38,7 +39,6 @@ from training.run.processes import (
     on_main_process,
     sum_over_processes,
 )
-from training.run_folder import RunLock, check_identity, move_aside
 
 
 class TrainingData(Protocol):

@@ -32,7 +32,7 @@ from training.hub_errors import explain, is_passing, without_token
 from training.renewal import PACKAGE, renew
 from training.run.arguments import one_line, user_errors
 from training.run.files import text_of, write_atomic
-from training.run_folder import RunLock
+from training.run.folder import RunLock
 from training.snippets import EXAMPLE
 from training.steps import WEIGHTS, export_step
 

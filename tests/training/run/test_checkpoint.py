@@ -29,7 +29,7 @@ from training.run.checkpoint import (
     unflatten_optimizer_state,
 )
 from training.run.files import file_record, write_atomic
-from training.run_folder import RunLock, check_identity, move_aside
+from training.run.folder import RunLock, check_identity, move_aside
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -280,7 +280,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
 
 HOLD_LOCK = """
     import sys
-    from training.run_folder import RunLock
+    from training.run.folder import RunLock
     with RunLock({!r}):
         print("held", flush=True)
         sys.stdin.read()
