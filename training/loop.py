@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.results import MetricsLog
-from training.resume import compare_with_best, resume, return_to_best
 from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run.checkpoint import Checkpoints, gather_training_state
 from training.run.costs import Costs, measured_costs
@@ -39,6 +38,7 @@ from training.run.processes import (
     on_main_process,
     sum_over_processes,
 )
+from training.run.resume import compare_with_best, resume, return_to_best
 
 
 class TrainingData(Protocol):
@@ -93,7 +93,7 @@ def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any
     """What makes a run this run: a resumed one has to agree in all of it.
 
     `max_steps` is part of it only where the learning rate of earlier steps depends on it: a constant schedule may
-    grow until its cooldown begins (see `training.resume.newest_checkpoint`).
+    grow until its cooldown begins (see `training.run.resume.newest_checkpoint`).
     """
     fields = ["seed", "global_batch_size", "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay"]
     fields += ["beta1", "beta2", "schedule", "warmup_steps", "cooldown_steps", "final_learning_rate"]
