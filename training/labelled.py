@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from training.classification import Task
-from training.loop import seed_from
+from training.run.loop import seed_from
 from training.run.processes import on_main_process, take_turns
 from training.text.tokens import IGNORED_LABEL
 

@@ -23,10 +23,10 @@ from training.detection.read import DetectionData, read_detection
 from training.detection_batches import DetectionBatches, DetectionTransform
 from training.detection_validation import DetectionValidation
 from training.image_batches import channel_statistics
-from training.loop import identify, open_run, train
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
 from training.results import finish
 from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
+from training.run.loop import identify, open_run, train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # minutes on two CPU cores

@@ -21,7 +21,6 @@ from training.image_batches import ImageBatches, SelectedRows, channel_statistic
 from training.image_stream import ROWS_PER_SHARD
 from training.image_validation import ClassValidation, ReconstructionValidation
 from training.images.read import ImageData, read_images
-from training.loop import identify, open_run, train
 from training.models import (
     create_image_model,
     create_image_processor,
@@ -31,6 +30,7 @@ from training.models import (
 )
 from training.results import finish
 from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
+from training.run.loop import identify, open_run, train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # under three minutes on two CPU cores

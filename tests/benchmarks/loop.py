@@ -1,4 +1,4 @@
-"""What `training/loop.py` adds to a bare training step: it may be 3 % at most.
+"""What `training/run/loop.py` adds to a bare training step: it may be 3 % at most.
 
     python tests/benchmarks/loop.py [--rounds 5]
 
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import hf_models
-from training.loop import train
 from training.run.arguments import RunArguments
+from training.run.loop import train
 from training.run.optim import create_optimizers
 from training.run.processes import create_accelerator
 

@@ -26,9 +26,9 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
-from training import loop, results, shards, stream, train_gpt
+from training import results, shards, stream, train_gpt
 from training.documents import Corpus, Documents
-from training.run import checkpoint, processes
+from training.run import checkpoint, loop, processes
 from training.text import tokens as text
 
 PLACES = {

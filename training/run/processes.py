@@ -30,7 +30,7 @@ def create_accelerator(args: RunArguments) -> Accelerator:
     """The processes and devices that `accelerate launch` configured.
 
     Raises:
-        ValueError: a configuration under which the promises of `training.loop` cannot hold, or a global batch that
+        ValueError: a configuration under which the promises of `training.run.loop` cannot hold, or a global batch that
             does not divide.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):

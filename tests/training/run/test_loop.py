@@ -17,12 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.faults.conftest import trainers  # noqa: F401
 from tests.faults.processes import checkpoint_names, files, in_a_process, losses, read_metrics
-from training import loop
-from training.loop import count, identify, move, seed_from, train
 from training.results import MetricsLog
-from training.run import resume
+from training.run import loop, resume
 from training.run.arguments import RunArguments
 from training.run.checkpoint import Checkpoints
+from training.run.loop import count, identify, move, seed_from, train
 from training.run.processes import fastest_attention, keep_inputs, micro_batches, speed_up_cpu_matmul
 
 FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema_decay": 0.0}
