@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from training.documents import Corpus, Documents, fingerprint_of
+from training.data.documents import Corpus, Documents, fingerprint_of
 from training.metrics import Classification, Entities, Regression, entities, load_metric
 from training.tables import Table
 from training.text.tokens import IGNORED_LABEL

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from training.data.documents import split_of
 from training.decoding import is_bad_image
-from training.documents import split_of
 from training.tables import Table
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import constants
 
-from training.documents import fingerprint_of
+from training.data.documents import fingerprint_of
 from training.image_files import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.shards import ShardFolder

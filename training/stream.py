@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from training.documents import Corpus, fingerprint_of
+from training.data.documents import Corpus, fingerprint_of
 from training.shards import ShardFolder
 from training.text.tokens import TokenRows, token_folder, token_type
 from training.tokenizer import encode_documents, tokenizer_fingerprint

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.documents import embedded_docstrings, load_hub, split_of
+from training.data.documents import embedded_docstrings, load_hub, split_of
 
 
 @dataclass

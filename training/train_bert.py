@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.documents import read_documents
+from training.data.documents import read_documents
 from training.guesses import count_correct, guess_words, pseudo_perplexity
 from training.masking import MaskedRows, masked_evaluation_rows
 from training.metrics import MaskedLanguageModeling, load_metric

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.documents import read_documents
+from training.data.documents import read_documents
 from training.metrics import LanguageModeling, load_metric
 from training.models import create_text_model
 from training.results import finish

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import hf_models
-from training.documents import read_documents
+from training.data.documents import read_documents
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, vocabulary, batch, longest

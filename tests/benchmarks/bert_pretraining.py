@@ -19,7 +19,7 @@ import transformers
 from gpt import default_matmul
 
 import hf_models
-from training.documents import read_documents
+from training.data.documents import read_documents
 from training.masking import MaskedRows, masked_evaluation_rows
 from training.run.arguments import parse_arguments
 from training.run.optim import create_optimizers, learning_rate_factor

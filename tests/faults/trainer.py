@@ -27,7 +27,7 @@ from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
 from training import results, shards, stream, train_gpt
-from training.documents import Corpus, Documents
+from training.data.documents import Corpus, Documents
 from training.run import checkpoint, loop, processes
 from training.text import tokens as text
 

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.training.corpora import LINES, write_jsonl, write_text
-from training.documents import read_documents
+from training.data.documents import read_documents
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.training.corpora import write_jsonl
-from training.documents import read_documents
+from training.data.documents import read_documents
 from training.guesses import guess_words, pseudo_perplexity
 from training.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer, separator_id
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.masking_utils import find_packed_sequence_indices
 
 from tests.training.corpora import LINES, write_jsonl
-from training import documents
-from training.documents import read_documents, stream_corpus
+from training.data import documents
+from training.data.documents import read_documents, stream_corpus
 from training.masking import MIN_PAIR, MaskedRows, masked_evaluation_rows, sentence_ends
 from training.stream import StreamedTokens
 from training.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer

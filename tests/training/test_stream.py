@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.training.corpora import LINES
-from training import documents
-from training.documents import stream_corpus
+from training.data import documents
+from training.data.documents import stream_corpus
 from training.stream import StreamedTokens
 from training.text.tokens import tokenize_documents
 from training.tokenizer import encode_documents, make_tokenizer

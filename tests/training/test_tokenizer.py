@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.training.corpora import STORY
 from training import tokenizer as module
-from training.documents import Corpus, Documents
+from training.data.documents import Corpus, Documents
 from training.tokenizer import encode_documents, make_tokenizer, separator_id, tokenizer_fingerprint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_the_tokens_of_bytes_are_those_of_bytes_between_the_special_ones(story):
 def test_the_same_text_gives_the_same_vocabulary(lines, tmp_path):
     program = textwrap.dedent("""
         import sys
-        from training.documents import read_documents
+        from training.data.documents import read_documents
         from training.tokenizer import make_tokenizer
         corpus = read_documents(sys.argv[1])
         for kind in ("bpe", "wordpiece"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training import decoding
 from training.canvases import embedded_canvases
+from training.data.documents import fingerprint_of, load_hub, split_of
 from training.detection_columns import BOX_FORMATS, read_objects
 from training.detection_files import (
     BoxSet,
@@ -29,7 +30,6 @@ from training.detection_files import (
     read_voc,
     read_yolo,
 )
-from training.documents import fingerprint_of, load_hub, split_of
 from training.image_files import StoredImages, label_ids, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.images.read import hold_out, load_local, look_at, overlap

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.documents import fingerprint_of, load_hub
+from training.data.documents import fingerprint_of, load_hub
 from training.image_files import (
     ArrayImages,
     ImageSet,

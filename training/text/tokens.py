@@ -1,6 +1,6 @@
 """Text for language models: documents -> tokenizer -> token cache -> rows, each step usable without the next.
 
-    corpus = training.documents.read_documents("embedded")
+    corpus = training.data.documents.read_documents("embedded")
     tokenizer = training.tokenizer.make_tokenizer("bpe", corpus, vocab_size=4096, context_length=256)
     cache = tokenize_documents(corpus, tokenizer)  # token ids in memory-mapped files, made once
     rows = TokenRows(cache.tokens("train"), context_length=256, seed=0)
@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from training.documents import Corpus, Documents, fingerprint_of
+from training.data.documents import Corpus, Documents, fingerprint_of
 from training.run.files import write_atomic
 from training.tokenizer import encode_documents, tokenizer_fingerprint
 

@@ -70,7 +70,8 @@ import sys, time
 import huggingface_hub.constants
 huggingface_hub.constants.HF_HOME = sys.argv[2]
 from training.text import tokens as text
-from training import documents, tokenizer
+from training.data import documents
+from training import tokenizer
 real = text._write_tokens
 def slow(path, *rest):
     real(path, *rest)

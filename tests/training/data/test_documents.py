@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.training.corpora import LINES, STORY, write_jsonl, write_text
-from training import documents
-from training.documents import read_documents
+from training.data import documents
+from training.data.documents import read_documents
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"))
 SHAKESPEARE = REAL_DATA / "tinyshakespeare" / "input.txt"
