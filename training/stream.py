@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from training.data.documents import Corpus, fingerprint_of
-from training.shards import ShardFolder
+from training.data.shards import ShardFolder
 from training.text.tokens import TokenRows, token_folder, token_type
 from training.tokenizer import encode_documents, tokenizer_fingerprint
 
