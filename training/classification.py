@@ -19,8 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from training.data.documents import Corpus, Documents, fingerprint_of
+from training.data.tables import Table
 from training.metrics import Classification, Entities, Regression, entities, load_metric
-from training.tables import Table
 from training.text.tokens import IGNORED_LABEL
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.documents import fingerprint_of, load_hub
+from training.data.tables import read_tables
 from training.image_files import (
     ArrayImages,
     ImageSet,
@@ -30,7 +31,6 @@ from training.image_files import (
 )
 from training.image_rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
 from training.image_stream import stream_images
-from training.tables import read_tables
 
 SMALL = 128  # pixels of a side
 NUM_LOOKED_AT = 256  # images, to find out their channels and size

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
+from training.data.tables import Table, read_embedded, read_hub, read_tables
 from training.questions import QuestionTask
-from training.tables import Table, read_embedded, read_hub, read_tables
 
 TASKS = {"classify": TextTask, "pair": TextTask, "regress": RegressionTask, "tag": TaggingTask, "qa": QuestionTask}
 

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from training.data.tables import read_tables
 from training.labelled import collate
-from training.tables import read_tables
 from training.tasks.read import BENCHMARKS, read_task
 from training.text.tokens import IGNORED_LABEL
 from training.tokenizer import make_tokenizer
