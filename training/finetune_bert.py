@@ -28,7 +28,7 @@ from training.run.arguments import RunArguments, option, parse_arguments, user_e
 from training.run.loop import identify, open_run, train
 from training.task_models import create_task_model, create_tokenizer
 from training.tasks.read import read_task
-from training.tokenizer import tokenizer_fingerprint
+from training.text.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3
     "model": "google-bert/bert-base-uncased",

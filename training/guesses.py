@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from training.masking import document_borders, later_pieces, sentence_ends
+from training.text.tokenizer import separator_id
 from training.text.tokens import IGNORED_LABEL
-from training.tokenizer import separator_id
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> tuple[float, int, int]:

@@ -17,8 +17,8 @@ import torch
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
+from training.text.tokenizer import missing_tokens, separator_id
 from training.text.tokens import IGNORED_LABEL
-from training.tokenizer import missing_tokens, separator_id
 
 MIN_PAIR = 8  # tokens; a shorter sequence is too short to be parted in two
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from training.data.documents import Corpus, fingerprint_of
 from training.data.shards import ShardFolder
+from training.text.tokenizer import encode_documents, tokenizer_fingerprint
 from training.text.tokens import TokenRows, token_folder, token_type
-from training.tokenizer import encode_documents, tokenizer_fingerprint
 
 
 class Rows(Protocol):

@@ -8,7 +8,7 @@ import hf_models
 from hf_models.zoo import find_entry
 from training.classification import RegressionTask, Task
 from training.models import create_text_model, is_checkpoint
-from training.tokenizer import make_tokenizer
+from training.text.tokenizer import make_tokenizer
 
 
 def find_family(model: str) -> str:

@@ -25,8 +25,8 @@ from training.run.arguments import TextArguments, option, parse_arguments, user_
 from training.run.loop import identify, open_run, train
 from training.run.processes import on_main_process, take_turns
 from training.stream import StreamedTokens
+from training.text.tokenizer import make_tokenizer, tokenizer_fingerprint
 from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
-from training.tokenizer import make_tokenizer, tokenizer_fingerprint
 
 QUICKSTART = {  # 13 minutes of processor time
     "model": "bert-modern-mini",

@@ -24,8 +24,8 @@ from training.masking import MaskedRows, masked_evaluation_rows
 from training.run.arguments import parse_arguments
 from training.run.optim import create_optimizers, learning_rate_factor
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
+from training.text.tokenizer import make_tokenizer
 from training.text.tokens import IGNORED_LABEL, tokenize_documents
-from training.tokenizer import make_tokenizer
 from training.train_bert import BertArguments, count_correct
 
 RECIPE = Path(__file__).parents[2] / "training/recipes/bert-prose.yaml"

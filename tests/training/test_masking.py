@@ -14,7 +14,7 @@ from training.data import documents
 from training.data.documents import read_documents, stream_corpus
 from training.masking import MIN_PAIR, MaskedRows, masked_evaluation_rows, sentence_ends
 from training.stream import StreamedTokens
-from training.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer
+from training.text.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 FULL_STOP, FIRST_PIECE = 5, 6  # [6, 10) are "##..." pieces of words

@@ -11,8 +11,8 @@ from tests.training.corpora import LINES
 from training.data import documents
 from training.data.documents import stream_corpus
 from training.stream import StreamedTokens
+from training.text.tokenizer import encode_documents, make_tokenizer
 from training.text.tokens import tokenize_documents
-from training.tokenizer import encode_documents, make_tokenizer
 
 
 def open_stream(num_documents=200, seed=0, context_length=16, rows_per_shard=10, **options):

@@ -1,7 +1,7 @@
 """Text for language models: documents -> tokenizer -> token cache -> rows, each step usable without the next.
 
     corpus = training.data.documents.read_documents("embedded")
-    tokenizer = training.tokenizer.make_tokenizer("bpe", corpus, vocab_size=4096, context_length=256)
+    tokenizer = training.text.tokenizer.make_tokenizer("bpe", corpus, vocab_size=4096, context_length=256)
     cache = tokenize_documents(corpus, tokenizer)  # token ids in memory-mapped files, made once
     rows = TokenRows(cache.tokens("train"), context_length=256, seed=0)
     rows.rows(first=0, count=8)  # {"input_ids": (8, 256), "shift_labels": (8, 256)}
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from training.data.documents import Corpus, Documents, fingerprint_of
 from training.run.files import write_atomic
-from training.tokenizer import encode_documents, tokenizer_fingerprint
+from training.text.tokenizer import encode_documents, tokenizer_fingerprint
 
 IGNORED_LABEL = -100
 

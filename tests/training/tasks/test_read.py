@@ -13,8 +13,8 @@ import torch
 from training.data.tables import read_tables
 from training.labelled import collate
 from training.tasks.read import BENCHMARKS, read_task
+from training.text.tokenizer import make_tokenizer
 from training.text.tokens import IGNORED_LABEL
-from training.tokenizer import make_tokenizer
 
 REVIEWS = [("a fine day, NA", "good"), ("a bad day", "bad"), ('"so so"', "good"), ("", "bad")]
 PAIRS = [

@@ -13,8 +13,8 @@ from transformers.masking_utils import create_causal_mask
 
 from hf_models.base import CACHE_NAME
 from training.text import tokens as text
+from training.text.tokenizer import make_tokenizer, separator_id
 from training.text.tokens import TokenCache, TokenRows, evaluation_rows, tokenize_documents
-from training.tokenizer import make_tokenizer, separator_id
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -71,7 +71,7 @@ import huggingface_hub.constants
 huggingface_hub.constants.HF_HOME = sys.argv[2]
 from training.text import tokens as text
 from training.data import documents
-from training import tokenizer
+from training.text import tokenizer
 real = text._write_tokens
 def slow(path, *rest):
     real(path, *rest)

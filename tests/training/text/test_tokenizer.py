@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from tests.training.corpora import STORY
-from training import tokenizer as module
 from training.data.documents import Corpus, Documents
-from training.tokenizer import encode_documents, make_tokenizer, separator_id, tokenizer_fingerprint
+from training.text import tokenizer as module
+from training.text.tokenizer import encode_documents, make_tokenizer, separator_id, tokenizer_fingerprint
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 MASKED = ["char", "bpe", "wordpiece"]
@@ -146,7 +146,7 @@ def test_the_same_text_gives_the_same_vocabulary(lines, tmp_path):
     program = textwrap.dedent("""
         import sys
         from training.data.documents import read_documents
-        from training.tokenizer import make_tokenizer
+        from training.text.tokenizer import make_tokenizer
         corpus = read_documents(sys.argv[1])
         for kind in ("bpe", "wordpiece"):
             print(make_tokenizer(kind, corpus, 600, context_length=8).backend_tokenizer.to_str())
