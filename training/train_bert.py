@@ -24,7 +24,7 @@ from training.results import finish
 from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
 from training.run.processes import on_main_process, take_turns
-from training.stream import StreamedTokens
+from training.text.stream import StreamedTokens
 from training.text.tokenizer import make_tokenizer, tokenizer_fingerprint
 from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
 

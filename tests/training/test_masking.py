@@ -13,7 +13,7 @@ from tests.training.corpora import LINES, write_jsonl
 from training.data import documents
 from training.data.documents import read_documents, stream_corpus
 from training.masking import MIN_PAIR, MaskedRows, masked_evaluation_rows, sentence_ends
-from training.stream import StreamedTokens
+from training.text.stream import StreamedTokens
 from training.text.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer
 
 PAD, UNK, CLS, SEP, MASK = range(5)

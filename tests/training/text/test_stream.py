@@ -10,7 +10,7 @@ import torch
 from tests.training.corpora import LINES
 from training.data import documents
 from training.data.documents import stream_corpus
-from training.stream import StreamedTokens
+from training.text.stream import StreamedTokens
 from training.text.tokenizer import encode_documents, make_tokenizer
 from training.text.tokens import tokenize_documents
 
