@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from training.masking import document_borders, later_pieces, sentence_ends
+from training.text.masking import document_borders, later_pieces, sentence_ends
 from training.text.tokenizer import separator_id
 from training.text.tokens import IGNORED_LABEL
 

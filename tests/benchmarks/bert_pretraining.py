@@ -20,10 +20,10 @@ from gpt import default_matmul
 
 import hf_models
 from training.data.documents import read_documents
-from training.masking import MaskedRows, masked_evaluation_rows
 from training.run.arguments import parse_arguments
 from training.run.optim import create_optimizers, learning_rate_factor
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
+from training.text.masking import MaskedRows, masked_evaluation_rows
 from training.text.tokenizer import make_tokenizer
 from training.text.tokens import IGNORED_LABEL, tokenize_documents
 from training.train_bert import BertArguments, count_correct

@@ -12,7 +12,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from tests.training.corpora import LINES, write_jsonl
 from training.data import documents
 from training.data.documents import read_documents, stream_corpus
-from training.masking import MIN_PAIR, MaskedRows, masked_evaluation_rows, sentence_ends
+from training.text.masking import MIN_PAIR, MaskedRows, masked_evaluation_rows, sentence_ends
 from training.text.stream import StreamedTokens
 from training.text.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer
 
