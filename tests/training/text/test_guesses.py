@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.training.corpora import write_jsonl
 from training.data.documents import read_documents
-from training.guesses import guess_words, pseudo_perplexity
+from training.text.guesses import guess_words, pseudo_perplexity
 from training.text.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer, separator_id
 
 UNK, CLS, SEP, MASK, END, STOP = 1, 2, 3, 4, 5, 6
