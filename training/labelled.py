@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training.classification import Task
 from training.run.loop import seed_from
 from training.run.processes import on_main_process, take_turns
+from training.tasks.classification import Task
 from training.text.tokens import IGNORED_LABEL
 
 # What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token

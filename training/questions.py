@@ -7,9 +7,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_models.question_answering import best_answers, question_windows
-from training.classification import Columns, Task, as_text, chunks, text_column
 from training.data.tables import Table
 from training.metrics import QuestionAnswering, load_metric
+from training.tasks.classification import Columns, Task, as_text, chunks, text_column
 
 
 class QuestionTask(Task):

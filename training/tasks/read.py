@@ -7,9 +7,9 @@ task.train[0]  # {"text": "Amrozi accused ...", "pair": "Referring to ...", "lab
 from pathlib import Path
 from typing import NamedTuple
 
-from training.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
 from training.data.tables import Table, read_embedded, read_hub, read_tables
 from training.questions import QuestionTask
+from training.tasks.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
 
 TASKS = {"classify": TextTask, "pair": TextTask, "regress": RegressionTask, "tag": TaggingTask, "qa": QuestionTask}
 
