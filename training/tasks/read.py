@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.data.tables import Table, read_embedded, read_hub, read_tables
-from training.questions import QuestionTask
 from training.tasks.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
+from training.tasks.questions import QuestionTask
 
 TASKS = {"classify": TextTask, "pair": TextTask, "regress": RegressionTask, "tag": TaggingTask, "qa": QuestionTask}
 
