@@ -19,11 +19,11 @@ from tests.training.cards import code_of
 from tests.training.tasks.test_read import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
 from training import finetune_bert
 from training.finetune_bert import FineTuningArguments, plan_steps
-from training.labelled import LabelledRows, weigh_classes
 from training.models import create_text_model
 from training.run import loop
 from training.run.arguments import parse_arguments
 from training.task_models import end_texts
+from training.tasks.labelled import LabelledRows, weigh_classes
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
 
