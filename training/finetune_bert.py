@@ -24,9 +24,9 @@ from typing import Literal
 from training.results import finish
 from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
-from training.task_models import create_task_model, create_tokenizer
 from training.tasks.classification import Task
 from training.tasks.labelled import LabelledRows, Validation, weigh_classes
+from training.tasks.models import create_task_model, create_tokenizer
 from training.tasks.read import read_task
 from training.text.tokenizer import tokenizer_fingerprint
 

@@ -22,8 +22,8 @@ from training.finetune_bert import FineTuningArguments, plan_steps
 from training.models import create_text_model
 from training.run import loop
 from training.run.arguments import parse_arguments
-from training.task_models import end_texts
 from training.tasks.labelled import LabelledRows, weigh_classes
+from training.tasks.models import end_texts
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
 
