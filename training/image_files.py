@@ -22,7 +22,7 @@ from PIL import Image
 
 from training.data.documents import split_of
 from training.data.tables import Table
-from training.decoding import is_bad_image
+from training.images.decoding import is_bad_image
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
 IMAGE_SUFFIXES |= {".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from training import decoding
+from training.images import decoding
 
 MAX_PREFETCHED = 64  # batches; older ones that nobody came for are dropped
 

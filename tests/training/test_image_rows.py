@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, deep_png, picture, png_head
-from training import decoding
 from training.image_batches import SelectedRows
 from training.image_rows import ArrayRows, BadImageLimit, BadImages, Decoder, EncodedRows
+from training.images import decoding
 
 
 class Contents:

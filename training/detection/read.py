@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from training import decoding
 from training.canvases import embedded_canvases
 from training.data.documents import fingerprint_of, load_hub, split_of
 from training.detection_columns import BOX_FORMATS, read_objects
@@ -32,6 +31,7 @@ from training.detection_files import (
 )
 from training.image_files import StoredImages, label_ids, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
+from training.images import decoding
 from training.images.read import hold_out, load_local, look_at, overlap
 
 WINDOW = 16  # global batches that are sorted by aspect together
