@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from training.detection_files import Box, BoxSet
-from training.image_files import ImageSet, StoredImages, embedded_digits
+from training.images.files import ImageSet, StoredImages, embedded_digits
 
 
 class Canvases(StoredImages):

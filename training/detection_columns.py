@@ -3,7 +3,7 @@
 import numpy as np
 
 from training.detection_files import Box, BoxSet, numbers, size_of
-from training.image_files import DatasetImages, name_of, undecoded
+from training.images.files import DatasetImages, name_of, undecoded
 
 BOX_FORMATS = ("xywh", "xyxy")  # left, top, width and height, or left, top, right and bottom
 BOX_KEYS = ("bbox", "boxes", "box", "bboxes")

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from training.data.documents import split_of
-from training.image_files import IMAGE_SUFFIXES, Files, StoredImages
+from training.images.files import IMAGE_SUFFIXES, Files, StoredImages
 
 
 class Box(NamedTuple):

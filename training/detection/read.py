@@ -29,9 +29,9 @@ from training.detection_files import (
     read_voc,
     read_yolo,
 )
-from training.image_files import StoredImages, label_ids, unknown_label
 from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.images import decoding
+from training.images.files import StoredImages, label_ids, unknown_label
 from training.images.read import hold_out, load_local, look_at, overlap
 
 WINDOW = 16  # global batches that are sorted by aspect together

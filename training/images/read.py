@@ -15,7 +15,9 @@ import numpy as np
 
 from training.data.documents import fingerprint_of, load_hub
 from training.data.tables import read_tables
-from training.image_files import (
+from training.image_rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
+from training.image_stream import stream_images
+from training.images.files import (
     ArrayImages,
     ImageSet,
     Splits,
@@ -29,8 +31,6 @@ from training.image_files import (
     read_table,
     unknown_label,
 )
-from training.image_rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
-from training.image_stream import stream_images
 
 SMALL = 128  # pixels of a side
 NUM_LOOKED_AT = 256  # images, to find out their channels and size

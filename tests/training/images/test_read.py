@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, picture, write_classes, write_idx
-from training.image_files import Files
 from training.image_rows import BadImages
+from training.images.files import Files
 from training.images.read import read_images
 
 FASHION = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "fashion_mnist")
@@ -196,8 +196,8 @@ def test_the_fingerprint_covers_images_labels_and_split(tmp_path):
 
 
 def test_a_large_set_is_known_by_sizes_and_first_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.image_files.HASHED_BYTES", 100)
-    monkeypatch.setattr("training.image_files.FIRST_BYTES", 150)
+    monkeypatch.setattr("training.images.files.HASHED_BYTES", 100)
+    monkeypatch.setattr("training.images.files.FIRST_BYTES", 150)
     write_classes(tmp_path / "train", {"a": 4, "b": 4})
     write_classes(tmp_path / "val", {"a": 3}, first=3)
     assert read_images(str(tmp_path)).notes[0].startswith("3 of 3 validation images are training images too")
