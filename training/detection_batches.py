@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_models.matching import count_items
 from training.augment import blend, grey, rectangles
 from training.detection.read import DetectionRows
-from training.image_rows import MAX_PREFETCHED
+from training.images.rows import MAX_PREFETCHED
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
 NUM_CROPS = 8  # to choose from, in search of one with a box

@@ -27,9 +27,9 @@ from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViT
 from training import figures
 from training.canvases import embedded_canvases
 from training.figures import curves
-from training.image_rows import ArrayRows
 from training.images.decoding import decode_all
 from training.images.read import read_images
+from training.images.rows import ArrayRows
 from training.models import normalisation_of
 from training.run.arguments import one_line, user_errors
 

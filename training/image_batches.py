@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from training.augment import Augmentation
-from training.image_rows import ImageRows
+from training.images.rows import ImageRows
 from training.run.loop import seed_from
 
 MASKS, LABELS = 1, 2  # what a seed is for, besides the order of the images and what `Augmentation` draws

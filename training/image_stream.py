@@ -8,8 +8,8 @@ from huggingface_hub import constants
 
 from training.data.documents import fingerprint_of
 from training.data.shards import ShardFolder
-from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.images.files import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
+from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 NUM_HELD_OUT = 1000
 ROWS_PER_SHARD = 2048

@@ -17,7 +17,7 @@ from hf_models import ZooViTMAEForPreTraining
 from training.augment import Augmentation
 from training.draw import reconstructions
 from training.figures import confusion_matrix
-from training.image_rows import ImageRows
+from training.images.rows import ImageRows
 from training.metrics import ImageClassification, load_metric
 from training.probe import features, knn_accuracy, linear_probe_accuracy
 from training.run.checkpoint import gather_training_state

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from hf_models import ZooViTModel
 from hf_models.vit import pool
 from training.augment import Augmentation
-from training.image_rows import ImageRows
 from training.images.read import read_images
+from training.images.rows import ImageRows
 from training.models import IMAGE_MODELS, normalisation_of
 from training.run.arguments import user_errors
 

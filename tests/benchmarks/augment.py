@@ -16,7 +16,7 @@ from gpt import default_matmul, describe, interleaved
 
 import hf_models
 from training.augment import Augmentation
-from training.image_rows import ArrayRows
+from training.images.rows import ArrayRows
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 BATCH, SIZE, LABELS = 128, 32, 10

@@ -16,7 +16,7 @@ from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform
 from training.detection_files import Box, BoxSet
 from training.detection_validation import DetectionValidation
-from training.image_rows import BadImageLimit, Decoder
+from training.images.rows import BadImageLimit, Decoder
 from training.models import create_detection_processor
 from training.run.processes import take_turns
 

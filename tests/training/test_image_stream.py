@@ -5,9 +5,9 @@ import torch
 
 from tests.training.pictures import content, picture
 from training import image_stream
-from training.image_rows import BadImageLimit, BadImages, Decoder
 from training.image_stream import stream_images
 from training.images.read import read_images
+from training.images.rows import BadImageLimit, BadImages, Decoder
 
 
 def make_stream(count=50, num_shards=4, bad=(), class_names=("even", "odd")):

@@ -125,7 +125,7 @@ class Reader(torch.nn.Module):
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_every_image_is_measured_once_whatever_the_batches_and_processes(num_processes, monkeypatch):
     from training import image_validation
-    from training.image_rows import ArrayRows
+    from training.images.rows import ArrayRows
 
     labels = np.arange(40) % 8
     pixels = np.broadcast_to(labels[:, None, None, None], (40, 1, 4, 4)).astype(np.uint8)

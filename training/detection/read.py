@@ -29,10 +29,10 @@ from training.detection_files import (
     read_voc,
     read_yolo,
 )
-from training.image_rows import BadImageLimit, Decoder, EncodedRows, permutation
 from training.images import decoding
 from training.images.files import StoredImages, label_ids, unknown_label
 from training.images.read import hold_out, load_local, look_at, overlap
+from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 WINDOW = 16  # global batches that are sorted by aspect together
 ORDER = 1  # what a seed is for, besides the order of the images

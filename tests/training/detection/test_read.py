@@ -13,9 +13,9 @@ from tests.training.boxes import IMAGES, NAMES
 from tests.training.pictures import picture
 from training.canvases import digits_on_canvases, embedded_canvases
 from training.detection.read import read_detection
-from training.image_rows import BadImages
 from training.images import decoding
 from training.images.files import embedded_digits
+from training.images.rows import BadImages
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"))
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="needs HF_MODELS_TEST_DATA")

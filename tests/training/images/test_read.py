@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, picture, write_classes, write_idx
-from training.image_rows import BadImages
 from training.images.files import Files
 from training.images.read import read_images
+from training.images.rows import BadImages
 
 FASHION = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "fashion_mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.exists(), reason="needs fashion_mnist")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.training.pictures import content, deep_png, picture, png_head
 from training.image_batches import SelectedRows
-from training.image_rows import ArrayRows, BadImageLimit, BadImages, Decoder, EncodedRows
 from training.images import decoding
+from training.images.rows import ArrayRows, BadImageLimit, BadImages, Decoder, EncodedRows
 
 
 class Contents:
@@ -352,7 +352,7 @@ def test_the_decoding_processes_end_with_the_trainer(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(
         "import sys\n"
-        "from training.image_rows import Decoder\n"
+        "from training.images.rows import Decoder\n"
         "decoder = Decoder(2)\n"
         "for _ in range(int(sys.argv[1])):\n"
         f"    decoder.decode([{str(tmp_path / 'a.jpg')!r}] * 8, None, (64, 64), 3)\n"
