@@ -15,7 +15,6 @@ import numpy as np
 
 from training.data.documents import fingerprint_of, load_hub
 from training.data.tables import read_tables
-from training.image_stream import stream_images
 from training.images.files import (
     ArrayImages,
     ImageSet,
@@ -31,6 +30,7 @@ from training.images.files import (
     unknown_label,
 )
 from training.images.rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
+from training.images.stream import stream_images
 
 SMALL = 128  # pixels of a side
 NUM_LOOKED_AT = 256  # images, to find out their channels and size

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.training.pictures import content, picture
-from training import image_stream
-from training.image_stream import stream_images
+from training.images import stream as image_stream
 from training.images.read import read_images
 from training.images.rows import BadImageLimit, BadImages, Decoder
+from training.images.stream import stream_images
 
 
 def make_stream(count=50, num_shards=4, bad=(), class_names=("even", "odd")):
