@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 
 import hf_models
 from training.augment import Augmentation
-from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.image_validation import ClassValidation, ReconstructionValidation
+from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import ImageData, read_images
 from training.images.stream import ROWS_PER_SHARD
 from training.models import (

@@ -21,7 +21,7 @@ from hf_models import ZooDetrForObjectDetection
 from hf_models.resnet import RESNETS
 from training.detection_batches import DetectionBatches, DetectionTransform
 from training.detection_validation import DetectionValidation
-from training.image_batches import channel_statistics
+from training.images.batches import channel_statistics
 from training.models import create_image_model
 from training.run.arguments import parse_arguments
 from training.run.optim import EMA, create_optimizers, learning_rate_factor

@@ -18,8 +18,8 @@ import hf_models
 from tests.training.cards import code_of
 from training import train_vit
 from training.augment import Augmentation
-from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.image_validation import ClassValidation
+from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import read_images
 from training.models import create_image_model, create_image_processor, normalisation_of
 

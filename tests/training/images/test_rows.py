@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, deep_png, picture, png_head
-from training.image_batches import SelectedRows
 from training.images import decoding
+from training.images.batches import SelectedRows
 from training.images.rows import ArrayRows, BadImageLimit, BadImages, Decoder, EncodedRows
 
 
