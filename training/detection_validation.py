@@ -17,7 +17,7 @@ from hf_models.matching import count_items
 from training import draw, figures
 from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform, evaluation_batches
-from training.image_validation import whole_copy
+from training.images.validation import whole_copy
 from training.metrics import CocoDetection, load_metric
 from training.models import create_detection_processor
 from training.run.processes import on_main_process, take_turns

@@ -17,10 +17,10 @@ from accelerate.utils import gather_object
 
 import hf_models
 from training.augment import Augmentation
-from training.image_validation import ClassValidation, ReconstructionValidation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import ImageData, read_images
 from training.images.stream import ROWS_PER_SHARD
+from training.images.validation import ClassValidation, ReconstructionValidation
 from training.models import (
     create_image_model,
     create_image_processor,

@@ -18,9 +18,9 @@ import hf_models
 from tests.training.cards import code_of
 from training import train_vit
 from training.augment import Augmentation
-from training.image_validation import ClassValidation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import read_images
+from training.images.validation import ClassValidation
 from training.models import create_image_model, create_image_processor, normalisation_of
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
@@ -124,7 +124,7 @@ class Reader(torch.nn.Module):
 
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_every_image_is_measured_once_whatever_the_batches_and_processes(num_processes, monkeypatch):
-    from training import image_validation
+    from training.images import validation as image_validation
     from training.images.rows import ArrayRows
 
     labels = np.arange(40) % 8
