@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_models.matching import count_items
-from training.augment import blend, grey, rectangles
 from training.detection.read import DetectionRows
+from training.images.augment import blend, grey, rectangles
 from training.images.rows import MAX_PREFETCHED
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw

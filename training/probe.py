@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_models import ZooViTModel
 from hf_models.vit import pool
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.read import read_images
 from training.images.rows import ImageRows
 from training.models import IMAGE_MODELS, normalisation_of

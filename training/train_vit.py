@@ -16,7 +16,7 @@ from typing import Any, Literal
 from accelerate.utils import gather_object
 
 import hf_models
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import ImageData, read_images
 from training.images.stream import ROWS_PER_SHARD

@@ -15,7 +15,7 @@ import torch
 from gpt import default_matmul, describe, interleaved
 
 import hf_models
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.rows import ArrayRows
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
 

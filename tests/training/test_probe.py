@@ -5,7 +5,7 @@ from PIL import Image
 
 from hf_models import ZooViTConfig, ZooViTForImageClassification, ZooViTMAEConfig, ZooViTMAEForPreTraining, ZooViTModel
 from training import probe
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.rows import ArrayRows
 from training.models import create_image_processor
 from training.probe import features, knn_accuracy, linear_probe_accuracy

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 import hf_models
 from tests.training.cards import code_of
 from training import train_vit
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import read_images
 from training.images.validation import ClassValidation

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.augment import Augmentation
+from training.images.augment import Augmentation
 from training.images.rows import ImageRows
 from training.run.loop import seed_from
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_models import ZooViTMAEForPreTraining
-from training.augment import Augmentation
 from training.draw import reconstructions
 from training.figures import confusion_matrix
+from training.images.augment import Augmentation
 from training.images.rows import ImageRows
 from training.metrics import ImageClassification, load_metric
 from training.probe import features, knn_accuracy, linear_probe_accuracy

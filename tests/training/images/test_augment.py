@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.augment import OPERATIONS, Augmentation, operate, operation_parameters, rectangles
+from training.images.augment import OPERATIONS, Augmentation, operate, operation_parameters, rectangles
 
 BATCH, LABELS = 8, 5
 EVERYTHING = {
