@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViTModel
 from training import figures
-from training.canvases import embedded_canvases
+from training.detection.canvases import embedded_canvases
 from training.figures import curves
 from training.images.decoding import decode_all
 from training.images.read import read_images

@@ -11,7 +11,7 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from tests.training.pictures import content, picture
 from training import detection_validation
-from training.canvases import Canvases
+from training.detection.canvases import Canvases
 from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform
 from training.detection_files import Box, BoxSet

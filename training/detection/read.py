@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from training.canvases import embedded_canvases
 from training.data.documents import fingerprint_of, load_hub, split_of
+from training.detection.canvases import embedded_canvases
 from training.detection_columns import BOX_FORMATS, read_objects
 from training.detection_files import (
     BoxSet,

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.training import boxes as written
 from tests.training.boxes import IMAGES, NAMES
 from tests.training.pictures import picture
-from training.canvases import digits_on_canvases, embedded_canvases
+from training.detection.canvases import digits_on_canvases, embedded_canvases
 from training.detection.read import read_detection
 from training.images import decoding
 from training.images.files import embedded_digits
