@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from training.detection_files import Box, BoxSet, numbers, size_of
+from training.detection.files import Box, BoxSet, numbers, size_of
 from training.images.files import DatasetImages, name_of, undecoded
 
 BOX_FORMATS = ("xywh", "xyxy")  # left, top, width and height, or left, top, right and bottom

@@ -12,9 +12,9 @@ from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from tests.training.pictures import content, picture
 from training import detection_validation
 from training.detection.canvases import Canvases
+from training.detection.files import Box, BoxSet
 from training.detection.read import DetectionRows
 from training.detection_batches import DetectionTransform
-from training.detection_files import Box, BoxSet
 from training.detection_validation import DetectionValidation
 from training.images.rows import BadImageLimit, Decoder
 from training.models import create_detection_processor

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from PIL import Image
 
-from training.detection_files import Box, BoxSet
+from training.detection.files import Box, BoxSet
 from training.images.files import ImageSet, StoredImages, embedded_digits
 
 
