@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training.data.documents import fingerprint_of, load_hub, split_of
 from training.detection.canvases import embedded_canvases
+from training.detection.columns import BOX_FORMATS, read_objects
 from training.detection.files import (
     BoxSet,
     Splits,
@@ -28,7 +29,6 @@ from training.detection.files import (
     read_voc,
     read_yolo,
 )
-from training.detection_columns import BOX_FORMATS, read_objects
 from training.images import decoding
 from training.images.files import StoredImages, label_ids, unknown_label
 from training.images.read import hold_out, load_local, look_at, overlap
