@@ -15,8 +15,8 @@ from torch import Tensor
 from hf_models import ZooDetrForObjectDetection
 from hf_models.matching import count_items
 from training import draw, figures
+from training.detection.batches import DetectionTransform, evaluation_batches
 from training.detection.read import DetectionRows
-from training.detection_batches import DetectionTransform, evaluation_batches
 from training.images.validation import whole_copy
 from training.metrics import CocoDetection, load_metric
 from training.models import create_detection_processor

@@ -19,8 +19,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.resnet import load_backbone_weights
+from training.detection.batches import DetectionBatches, DetectionTransform
 from training.detection.read import DetectionData, read_detection
-from training.detection_batches import DetectionBatches, DetectionTransform
 from training.detection_validation import DetectionValidation
 from training.images.batches import channel_statistics
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config

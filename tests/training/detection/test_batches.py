@@ -8,9 +8,9 @@ from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from tests.training import boxes as written
-from training import detection_batches
+from training.detection import batches as detection_batches
+from training.detection.batches import DetectionBatches, DetectionTransform, evaluation_batches
 from training.detection.read import read_detection
-from training.detection_batches import DetectionBatches, DetectionTransform, evaluation_batches
 
 CONFIG = {"num_labels": 2, "num_queries": 5, "no_object_weight": 0.1, "num_denoising_groups": 0}
 NOTHING = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "shortest_edge": 24, "longest_edge": 60}
