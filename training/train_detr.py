@@ -21,7 +21,7 @@ from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.resnet import load_backbone_weights
 from training.detection.batches import DetectionBatches, DetectionTransform
 from training.detection.read import DetectionData, read_detection
-from training.detection_validation import DetectionValidation
+from training.detection.validation import DetectionValidation
 from training.images.batches import channel_statistics
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
 from training.results import finish

@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from hf_models import ZooDetrForObjectDetection
 from hf_models.resnet import RESNETS
 from training.detection.batches import DetectionBatches, DetectionTransform
-from training.detection_validation import DetectionValidation
+from training.detection.validation import DetectionValidation
 from training.images.batches import channel_statistics
 from training.models import create_image_model
 from training.run.arguments import parse_arguments

@@ -10,12 +10,12 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from tests.training.pictures import content, picture
-from training import detection_validation
+from training.detection import validation as detection_validation
 from training.detection.batches import DetectionTransform
 from training.detection.canvases import Canvases
 from training.detection.files import Box, BoxSet
 from training.detection.read import DetectionRows
-from training.detection_validation import DetectionValidation
+from training.detection.validation import DetectionValidation
 from training.images.rows import BadImageLimit, Decoder
 from training.models import create_detection_processor
 from training.run.processes import take_turns
