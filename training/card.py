@@ -26,9 +26,9 @@ from PIL import Image
 
 from hf_models.zoo import ZOO
 from training.hand_written import is_foreign, merge, merge_header, split_header
+from training.hub.snippets import PIPELINES, USES, snippet
 from training.run.arguments import user_errors
 from training.run.files import text_of, write_atomic
-from training.snippets import PIPELINES, USES, snippet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"

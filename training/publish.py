@@ -28,12 +28,12 @@ from hf_models.verify import SUMS, checksums, is_listed
 from training.card import EVAL_RESULTS, PICTURES, card_files
 from training.commits import Commit, Plan, refuse_token
 from training.hand_written import is_foreign, sections
+from training.hub.snippets import EXAMPLE
 from training.hub_errors import explain, is_passing, without_token
 from training.renewal import PACKAGE, renew
 from training.run.arguments import one_line, user_errors
 from training.run.files import text_of, write_atomic
 from training.run.folder import RunLock
-from training.snippets import EXAMPLE
 from training.steps import WEIGHTS, export_step
 
 # Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
