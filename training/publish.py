@@ -27,9 +27,9 @@ from hf_models.base import ZOO_VERSION
 from hf_models.verify import SUMS, checksums, is_listed
 from training.card import EVAL_RESULTS, PICTURES, card_files
 from training.commits import Commit, Plan, refuse_token
+from training.hub.errors import explain, is_passing, without_token
 from training.hub.hand_written import is_foreign, sections
 from training.hub.snippets import EXAMPLE
-from training.hub_errors import explain, is_passing, without_token
 from training.renewal import PACKAGE, renew
 from training.run.arguments import one_line, user_errors
 from training.run.files import text_of, write_atomic

@@ -23,7 +23,8 @@ from hf_models import ZooGPTForCausalLM
 from hf_models.verify import check_checksums, write_checksums
 from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import hub_errors, publish, steps
+from training import publish, steps
+from training.hub import errors as hub_errors
 from training.publish import main, push
 from training.run.checkpoint import Checkpoints
 
