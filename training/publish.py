@@ -29,12 +29,12 @@ from training.card import EVAL_RESULTS, PICTURES, card_files
 from training.commits import Commit, Plan, refuse_token
 from training.hub.errors import explain, is_passing, without_token
 from training.hub.hand_written import is_foreign, sections
+from training.hub.snapshots import WEIGHTS, export_step
 from training.hub.snippets import EXAMPLE
 from training.renewal import PACKAGE, renew
 from training.run.arguments import one_line, user_errors
 from training.run.files import text_of, write_atomic
 from training.run.folder import RunLock
-from training.steps import WEIGHTS, export_step
 
 # Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
 # optimizer, locks, logs of trackers) is not for others.
@@ -60,7 +60,7 @@ def push(
         private: the repository is not to be public; one that is, is refused.
         branch: what to commit to, made from `main` if there is none. None: `main`; of a step, `step-N`.
         tag: a name for the commit.
-        step: publish the weights of `checkpoints/step-N`, see `training.steps`; None: those of the end.
+        step: publish the weights of `checkpoints/step-N`, see `training.hub.snapshots`; None: those of the end.
         dry_run: only print what would be done; nothing is written, neither there nor here.
 
     Raises:

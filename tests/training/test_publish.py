@@ -23,8 +23,9 @@ from hf_models import ZooGPTForCausalLM
 from hf_models.verify import check_checksums, write_checksums
 from tests.finished_run import CHECKPOINT, PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import publish, steps
+from training import publish
 from training.hub import errors as hub_errors
+from training.hub import snapshots as steps
 from training.publish import main, push
 from training.run.checkpoint import Checkpoints
 
