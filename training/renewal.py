@@ -15,7 +15,7 @@ from typing import NamedTuple
 import hf_models
 from hf_models.verify import SUMS, is_listed
 from hf_models.zoo import ZOO
-from training.card import renewed_card
+from training.hub.card import renewed_card
 from training.run.files import text_of, write_atomic
 
 PACKAGE = Path(hf_models.__file__).parent

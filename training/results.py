@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from hf_models.verify import write_checksums
-from training.card import public_name, public_path, write_card
 from training.draw import curves
+from training.hub.card import public_name, public_path, write_card
 from training.hub.snapshots import MAX_SHARD_SIZE, WEIGHTS
 from training.hub.snippets import snippet
 from training.models import is_checkpoint

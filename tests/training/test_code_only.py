@@ -16,7 +16,7 @@ from tests.finished_run import write_run
 from tests.hub_server import Fault
 from tests.old_code import EARLIER_VERSION, FORMER, age
 from training import renewal
-from training.card import write_card
+from training.hub.card import write_card
 from training.publish import main, push, replace_code
 from training.renewal import renew
 

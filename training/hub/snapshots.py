@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_models
-from training.card import read_results
 from training.draw import curves
+from training.hub.card import read_results
 from training.run.arguments import one_line
 from training.run.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.run.costs import measured_costs

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, eval_result_entries_to_yaml, parse
 from PIL import Image
 
 from tests.training.cards import EVAL_RESULTS, assert_fits, assert_valid_header, code_of
-from training.card import LARGEST_PICTURE, card_files, export, public_name, public_path, small_picture, write_card
+from training.hub.card import LARGEST_PICTURE, card_files, export, public_name, public_path, small_picture, write_card
 from training.hub.hand_written import is_foreign
 from training.hub.snippets import USES, snippet
 
@@ -568,7 +568,7 @@ def test_paths_of_the_machine_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "ada"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    repository = Path(__file__).parents[2]
+    repository = Path(__file__).parents[3]
     for word, shown in {
         str(repository / "training" / "train_gpt.py"): "training/train_gpt.py",
         str(tmp_path / "here" / "runs" / "a"): "runs/a",
