@@ -25,8 +25,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_models.base import ZOO_VERSION
 from hf_models.verify import SUMS, checksums, is_listed
-from training.commits import Commit, Plan, refuse_token
 from training.hub.card import EVAL_RESULTS, PICTURES, card_files
+from training.hub.commits import Commit, Plan, refuse_token
 from training.hub.errors import explain, is_passing, without_token
 from training.hub.hand_written import is_foreign, sections
 from training.hub.snapshots import WEIGHTS, export_step
