@@ -29,9 +29,9 @@ from training.hub.card import EVAL_RESULTS, PICTURES, card_files
 from training.hub.commits import Commit, Plan, refuse_token
 from training.hub.errors import explain, is_passing, without_token
 from training.hub.hand_written import is_foreign, sections
+from training.hub.renewal import PACKAGE, renew
 from training.hub.snapshots import WEIGHTS, export_step
 from training.hub.snippets import EXAMPLE
-from training.renewal import PACKAGE, renew
 from training.run.arguments import one_line, user_errors
 from training.run.files import text_of, write_atomic
 from training.run.folder import RunLock

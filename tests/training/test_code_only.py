@@ -15,10 +15,10 @@ from tests.families import DETR_OPTIONS, every_family
 from tests.finished_run import write_run
 from tests.hub_server import Fault
 from tests.old_code import EARLIER_VERSION, FORMER, age
-from training import renewal
+from training.hub import renewal
 from training.hub.card import write_card
+from training.hub.renewal import renew
 from training.publish import main, push, replace_code
-from training.renewal import renew
 
 ALWAYS = {"gpt.py", "base.py", "config.json", "README.md", "SHA256SUMS"}  # what differs in an aged run
 
