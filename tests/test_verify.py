@@ -24,7 +24,7 @@ from hf_models.verify import check_checksums, write_checksums
 from tests.families import CASES, family_of
 from tests.finished_run import RESULTS
 from tests.hub_server import Fault
-from training.publish import push
+from training.hub.publish import push
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))

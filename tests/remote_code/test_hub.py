@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 
 from tests.families import FAMILIES, every_family
 from tests.old_code import age
-from training.publish import replace_code
+from training.hub.publish import replace_code
 
 NOT_PUBLISHED = ["expected.safetensors", "picture.png", "where.json", "again/*"]
 

@@ -1,0 +1,369 @@
+"""From a finished run to the Hub: one commit, which is safe to repeat.
+
+    python -m training.hub.publish runs/gpt-embedded --repo user/name
+    python -m training.hub.publish user/name --code_only    only replace the code that is published there by the current one
+
+A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
+left there and the run no longer has.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.errors import (
+    HTTPError,  # of the HTTP client that huggingface_hub uses, whichever it is
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from hf_models.base import ZOO_VERSION
+from hf_models.verify import SUMS, checksums, is_listed
+from training.hub.card import EVAL_RESULTS, PICTURES, card_files
+from training.hub.commits import Commit, Plan, refuse_token
+from training.hub.errors import explain, is_passing, without_token
+from training.hub.hand_written import is_foreign, sections
+from training.hub.renewal import PACKAGE, renew
+from training.hub.snapshots import WEIGHTS, export_step
+from training.hub.snippets import EXAMPLE
+from training.run.arguments import one_line, user_errors
+from training.run.files import text_of, write_atomic
+from training.run.folder import RunLock
+
+# Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
+# optimizer, locks, logs of trackers) is not for others.
+MEASURED = ["eval_results.json", "metrics.jsonl", *PICTURES]
+
+
+def push(
+    output_dir: str | Path,
+    repo_id: str,
+    private: bool = False,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    step: int | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Makes the repository hold the checkpoint with its code, processor, card, metrics and pictures, in one commit,
+    and returns its URL. What it holds already is not sent again; if nothing differs there is no commit.
+
+    Args:
+        repo_id: "user/name", made if there is none; without a user it is that of the login, which is `hf auth
+            login`'s or HF_TOKEN's.
+        private: the repository is not to be public; one that is, is refused.
+        branch: what to commit to, made from `main` if there is none. None: `main`; of a step, `step-N`.
+        tag: a name for the commit.
+        step: publish the weights of `checkpoints/step-N`, see `training.hub.snapshots`; None: those of the end.
+        dry_run: only print what would be done; nothing is written, neither there nor here.
+
+    Raises:
+        ValueError: in one line, why it cannot be published, and what to do.
+    """
+    options = {"--branch": branch, "--tag": tag, "--step": step, "--private": private, "--dry-run": dry_run}
+
+    def publish() -> str:
+        folder = Path(output_dir)
+        with contextlib.ExitStack() as stack:
+            if step is not None:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="publish-"))
+                names = [name for name in published_files(folder) if name not in MEASURED]
+                run, folder = folder, Path(temporary, folder.resolve().name)
+                export_step(run, step, names, folder)
+            to_branch = branch or ("main" if step is None else f"step-{step}")
+            return _Push(folder, repo_id, private, to_branch, tag).run(dry_run)
+
+    what = f"publish {output_dir} to {repo_id}"
+    return _in_one_line(publish, what, repo_id, output_dir, {"--repo": repo_id, **options})
+
+
+def replace_code(
+    run: str | Path,
+    repo_id: str | None = None,
+    private: bool = False,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+):
+    """Replaces the code of a checkpoint by the current one, with all that depends on it: auto_map and version in its
+    config, its sums and its card. The weights are not read, sent or fetched, and words of people stay.
+
+    Args:
+        run: a folder that a run or `save_pretrained` left; or in its place "user/name", a repository of the Hub.
+        repo_id: a repository, "user/name", whose code is replaced too, in one commit; whatever it holds besides code
+            need not be that of the folder.
+        private, branch, tag: as in `push`. The branch has to exist.
+        dry_run: only print what would be done; nothing is written, neither there nor here.
+
+    Raises:
+        ValueError: in one line, why it cannot be done, and what to do.
+    """
+    folder, options = Path(run), {"--branch": branch, "--tag": tag, "--private": private}
+    options = {"--repo": repo_id, "--code_only": True, **options, "--dry-run": dry_run}
+    if folder.is_dir():
+        if repo_id is None and (branch or tag or private):
+            raise ValueError("--branch, --tag and --private are about a repository: say which one with --repo")
+        _replace_code_here(folder, dry_run)
+        if repo_id is None:
+            return
+        what = f"replace the code of {repo_id}"
+    elif repo_id is None:
+        repo_id, what = str(run), f"replace the code of {run} on the Hub (there is no such folder here)"
+    else:
+        raise ValueError(f"{run} is not a folder; for the repository alone, give {repo_id} in its place")
+
+    def publish():
+        _CodePush(repo_id, private, branch or "main", tag).run(dry_run)
+
+    _in_one_line(publish, what, repo_id, run, options)
+
+
+def _replace_code_here(folder: Path, dry_run: bool):
+    lines = renew(folder).lines(folder)
+    if not lines:
+        print(f"{folder} has the current code already, of hf_models {ZOO_VERSION}", flush=True)
+    elif dry_run:
+        print(f"would change {folder}:", *lines, sep="\n", flush=True)
+    else:
+        with RunLock(folder, "RUN_DIR"):  # a training that still writes it is named
+            renew(folder).apply(folder)
+        print(f"changed {folder}:", *lines, sep="\n", flush=True)
+
+
+def _in_one_line(action: Callable, what: str, repo_id: str, run_dir: str | Path, options: dict):
+    """Does it. Whatever goes wrong is a ValueError of one line: what cannot be done and why, and where repeating it may
+    help the command for that, with RUN_DIR and the options that are given."""
+    try:
+        return action()
+    except (ValueError, OSError, RuntimeError, HTTPError) as error:
+        reason = explain(error, repo_id)
+        if is_passing(error):
+            given = {flag: value for flag, value in options.items() if value is not None and value is not False}
+            words = [flag if value is True else f"{flag}={value}" for flag, value in given.items()]
+            repeated = "asks again" if options["--dry-run"] else "goes on where it stopped"
+            reason += f"; `python -m training.hub.publish {shlex.join([str(run_dir), *words])}` {repeated}"
+    # Outside of the handler: a traceback would show the client's words too.
+    raise ValueError(without_token(f"cannot {what}: {reason}"))
+
+
+def published_files(folder: Path) -> list[str]:
+    """The names of what a run publishes as it lies there. Raises ValueError if it is not a finished run, or a file is a
+    link: what it leads to may be no part of the run."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"no config.json in {folder}, so it is not a finished run")
+    names = sorted(path.name for path in folder.iterdir() if path.is_symlink() or path.is_file())
+    names = [name for name in names if _is_published(name)]
+    for name in names:
+        if (folder / name).is_symlink():
+            raise ValueError(f"{folder / name} is a symbolic link: put the file itself there")
+    return names
+
+
+def _is_published(name: str) -> bool:
+    return is_listed(name) or name == EXAMPLE or name in MEASURED
+
+
+def _read_sums(text: str | None) -> dict[str, str]:
+    """sha256 by name, of what SHA256SUMS lists."""
+    lines = (line.partition("  ") for line in (text or "").split("\n"))
+    return {name: sha256 for sha256, _, name in lines if name}
+
+
+def _check_weights(folder: Path, sums: dict[str, str]):
+    """Raises ValueError if the weights are not those that the run's own SHA256SUMS lists, which was written with the
+    results."""
+    if not (folder / SUMS).exists():
+        return
+    measured = _read_sums((folder / SUMS).read_text(encoding="utf-8"))
+    for name in sorted(measured.keys() | sums.keys()):
+        if WEIGHTS.fullmatch(name) and measured.get(name) != sums.get(name):
+            raise ValueError(
+                f"{folder / name} is not what {SUMS} lists: it was damaged or changed since it was measured; repeat "
+                f"the run's command, or if it is as it should be, hf_models.verify.write_checksums({str(folder)!r})"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- one push
+
+
+class _Push(Commit):
+    """One run, and the repository that is to hold it."""
+
+    def __init__(self, folder: Path, repo_id: str, private: bool, branch: str, tag: str | None):
+        super().__init__(repo_id, private, branch, tag)
+        self.folder, self.title = folder, f"Publish {folder.resolve().name}"
+        self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
+        sums = checksums(folder)
+        _check_weights(folder, _read_sums(sums))
+        for name, sha256 in _read_sums(sums).items():  # for the comparison and for the client: each is hashed once
+            self.files[name].upload_info.sha256 = bytes.fromhex(sha256)
+        self.files[SUMS] = CommitOperationAdd(SUMS, sums.encode())
+        self.sums, self.readme = sums, None  # what the folder is to have at the end
+        refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
+
+    def run(self, dry_run: bool) -> str:
+        url = super().run(dry_run)
+        if not dry_run:
+            try:
+                self.write_back()
+            except OSError as error:
+                print(f"{one_line(error)}: {self.folder} stays without the card and the sums of {url}", flush=True)
+        return url
+
+    def write_back(self):
+        """Gives the folder what was published; not earlier: the card tells what was published from what is new."""
+        if text_of(self.folder / SUMS) != self.sums:
+            write_atomic(self.folder / SUMS, self.sums)
+        readme = self.folder / "README.md"
+        now = text_of(readme)
+        if self.readme is None or now == self.readme:
+            return
+        if now == self.own:
+            write_atomic(readme, self.readme)
+        else:
+            print(f"{readme} was changed while it was published, and stays as it is: publish again", flush=True)
+
+    def attempt(self) -> Plan:
+        self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
+        if self.branch != "main":
+            self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        return super().attempt()
+
+    def foresee(self) -> Plan:
+        try:
+            try:
+                plan = self.compare(self.branch)
+            except RevisionNotFoundError:
+                plan = self.compare("main")
+            self.is_tagged(plan)
+            return plan
+        except RepositoryNotFoundError:
+            return Plan(None, send=[*self.files.values(), *self.card(None)])
+
+    def compare(self, revision: str) -> Plan:
+        """The run and the repository at `revision`, file by file."""
+        head, there = self.look(revision)
+        files = [*self.files.values(), *self.card(self.fetch("README.md", there, head))]
+        plan = self.plan(head, there, files)
+        plan.delete = self.left_over({file.path_in_repo for file in files}, there, head)
+        return plan
+
+    def card(self, theirs: str | None) -> list[CommitOperationAdd]:
+        """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
+        there is a person's."""
+        revision = None if self.branch == "main" else self.branch
+        self.own = text_of(self.folder / "README.md")  # before it is read for the card
+        texts = card_files(self.folder, source=self.repo_id, published=theirs, revision=revision)
+        self.readme = ours = texts["README.md"]
+        if theirs not in (None, ours):
+            if is_foreign(theirs):
+                print(f"README.md of {self.repo_id} was written by hand, and stays as it is", flush=True)
+                del texts["README.md"]
+                self.readme = None
+            elif is_foreign(ours) and any(section.is_edited(None) for section in sections(theirs).values()):
+                raise ValueError("README.md has no marks, and would overwrite what was written by hand on the Hub")
+        return [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+
+    def left_over(self, names: set[str], there: dict[str, RepoFile], revision: str) -> list[str]:
+        """What an earlier push left and this run has not: weights, results, and what the SHA256SUMS there lists. All
+        else is a person's."""
+        others = [name for name in there if name not in names and (_is_published(name) or name == EVAL_RESULTS)]
+        if not others:
+            return []
+        ours = {*MEASURED, EXAMPLE, EVAL_RESULTS, *_read_sums(self.fetch(SUMS, there, revision))}
+        return [name for name in others if name in ours or WEIGHTS.fullmatch(name)]
+
+
+class _CodePush(Commit):
+    """The current code for what a repository holds, whatever that is and wherever it came from."""
+
+    title = f"Replace the code by that of hf_models {ZOO_VERSION}"
+    folder = PACKAGE
+
+    def attempt(self) -> Plan:
+        plan = super().attempt()
+        print(f"{self.url} has the current code{'' if plan.changes else ' already'}, of hf_models {ZOO_VERSION}")
+        return plan
+
+    def compare(self, revision: str) -> Plan:
+        """The code and the repository at `revision`. What `renew` reads is fetched, and of pictures their names."""
+        head, there = self.look(revision)
+        code = [name for name in there if name.endswith(".py") and "/" not in name]
+        with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
+            for name in ["config.json", SUMS, "README.md", "eval_results.json", *code]:
+                if (text := self.fetch(name, there, head)) is not None:
+                    Path(temporary, name).write_bytes(text.encode())
+            for name in PICTURES:
+                if name in there:
+                    Path(temporary, name).touch()
+            try:
+                renewal = renew(Path(temporary))
+            except ValueError as error:
+                raise ValueError(str(error).replace(temporary, self.repo_id)) from None
+        plan = self.plan(head, there, [CommitOperationAdd(name, content) for name, content in renewal.files.items()])
+        plan.delete = renewal.delete
+        return plan
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message.partition(" '")[0].rstrip(":"))  # the value that follows may be a secret
+
+
+def main(argv: list[str] | None = None):
+    """`python -m training.hub.publish`: see --help."""
+    parser = _Parser(
+        prog="python -m training.hub.publish",
+        description="Publish a finished run on the Hugging Face Hub, in one commit. The login is that of "
+        "`hf auth login`, or HF_TOKEN. The same command again sends only what has changed, and goes on where an "
+        "interrupted one stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="output folder of a finished run; with --code_only also a USER/NAME"
+    )
+    parser.add_argument("--repo", metavar="USER/NAME", help="default: the login's user, and the name of the folder")
+    parser.add_argument("--private", action="store_true", help="make a private repository, and refuse a public one")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be sent and deleted")
+    parser.add_argument("--branch", metavar="NAME", help="commit to this branch; default: main, or step-N with --step")
+    parser.add_argument("--tag", metavar="NAME", help="give the commit this name")
+    parser.add_argument("--step", metavar="N", type=int, help="publish the weights of checkpoints/step-N, not the last")
+    parser.add_argument(
+        "--code_only",
+        "--code-only",
+        action="store_true",
+        help="replace the code of a checkpoint by the current one, with the sums and the card, but leave the weights "
+        "alone: in the folder RUN_DIR, and in --repo if it is given; or in the repository RUN_DIR",
+    )
+    with user_errors(), contextlib.ExitStack() as stack:
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # a value is not repeated: it may be a secret
+            what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
+            raise ValueError(f"{what}; see `python -m training.hub.publish --help`")
+        if args.code_only:
+            if args.step is not None:
+                raise ValueError(f"--code_only takes no --step: name its branch, --branch step-{args.step}")
+            options = {"branch": args.branch, "tag": args.tag, "dry_run": args.dry_run}
+            replace_code(args.run_dir, args.repo, args.private, **options)
+            return
+        published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
+        if not args.dry_run and os.access(folder, os.W_OK):  # what nobody can write needs no lock
+            stack.enter_context(RunLock(folder, "RUN_DIR"))  # a training that still writes it is named
+        options = {"branch": args.branch, "tag": args.tag, "step": args.step, "dry_run": args.dry_run}
+        url = push(folder, args.repo or folder.resolve().name, args.private, **options)
+        if not args.dry_run:
+            print(f"published to {url}")
+
+
+if __name__ == "__main__":
+    main()
