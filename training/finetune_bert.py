@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from training.results import finish
+from training.hub.results import finish
 from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
 from training.tasks.classification import Task

@@ -16,9 +16,9 @@ from accelerate.utils import gather_object
 
 import hf_models
 from training.data.documents import read_documents
+from training.hub.results import finish
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
-from training.results import finish
 from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
 from training.run.processes import on_main_process, take_turns

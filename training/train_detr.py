@@ -22,9 +22,9 @@ from hf_models.resnet import load_backbone_weights
 from training.detection.batches import DetectionBatches, DetectionTransform
 from training.detection.read import DetectionData, read_detection
 from training.detection.validation import DetectionValidation
+from training.hub.results import finish
 from training.images.batches import channel_statistics
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
-from training.results import finish
 from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
 from training.run.processes import micro_batches

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from accelerate.utils import gather_object
 
 import hf_models
+from training.hub.results import finish
 from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import ImageData, read_images
@@ -28,7 +29,6 @@ from training.models import (
     normalisation_of,
     starting_config,
 )
-from training.results import finish
 from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
 from training.run.loop import identify, open_run, train
 from training.run.processes import micro_batches

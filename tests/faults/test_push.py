@@ -18,8 +18,9 @@ from hf_models.verify import write_checksums
 from tests.faults.processes import MODEL, files
 from tests.finished_run import PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import results, train_gpt
+from training import train_gpt
 from training.hub import errors as hub_errors
+from training.hub import results
 from training.hub.publish import push, replace_code
 
 WHERE = {"repo_id": "me/gpt", "branch": "next", "tag": "v1"}  # with a branch and a tag, for all the requests there are

@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
-from training import results, train_gpt
+from training import train_gpt
 from training.data import shards
 from training.data.documents import Corpus, Documents
+from training.hub import results
 from training.run import checkpoint, loop, processes
 from training.text import stream
 from training.text import tokens as text

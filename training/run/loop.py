@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.results import MetricsLog
+from training.hub.results import MetricsLog
 from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run.checkpoint import Checkpoints, gather_training_state
 from training.run.costs import Costs, measured_costs

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.faults.conftest import trainers  # noqa: F401
 from tests.faults.processes import checkpoint_names, files, in_a_process, losses, read_metrics
-from training.results import MetricsLog
+from training.hub.results import MetricsLog
 from training.run import loop, resume
 from training.run.arguments import RunArguments
 from training.run.checkpoint import Checkpoints
