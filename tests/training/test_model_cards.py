@@ -33,7 +33,7 @@ def results_of(name: str) -> dict:
 def test_a_card_is_what_its_results_give_and_what_a_person_wrote(name, tmp_path):
     for path in FOLDER.glob(f"{name}*"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    card = export(tmp_path / f"{name}.json")  # python -m training.hub.card model_cards/*.json
+    card = export(tmp_path / f"{name}.json")  # python -m training.card model_cards/*.json
     assert card.read_text() == (FOLDER / f"{name}.md").read_text()
     assert_valid_header(card.read_text())
 

@@ -1,8 +1,8 @@
 """The model card of a run, its README.md: what the Hub and people read, with measured numbers only.
 
-    python -m training.hub.card RUN_DIR...                         write the cards of runs again
-    python -m training.hub.card RUN_DIR... --output model_cards    keep RECIPE.md, RECIPE.json and RECIPE/*.png there
-    python -m training.hub.card model_cards/*.json                 write those again, without the runs
+    python -m training.card RUN_DIR...                         write the cards of runs again
+    python -m training.card RUN_DIR... --output model_cards    keep RECIPE.md, RECIPE.json and RECIPE/*.png there
+    python -m training.card model_cards/*.json                 write those again, without the runs
 
 A card is model_cards/template.md filled from eval_results.json. What a person writes between
 `<!-- by hand: name -->` and `<!-- end by hand -->` stays, and so does what they change in the header: licence,
@@ -453,7 +453,7 @@ def _fenced(text: str, language: str) -> str:
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m training.hub.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", metavar="RUN_DIR", help="a finished run, or a RECIPE.json of model_cards")
     parser.add_argument("--output", help="folder to keep the cards in, such as model_cards")

@@ -1,7 +1,7 @@
 """From a finished run to the Hub: one commit, which is safe to repeat.
 
-    python -m training.hub.publish runs/gpt-embedded --repo user/name
-    python -m training.hub.publish user/name --code_only    only replace the code that is published there by the current one
+    python -m training.publish runs/gpt-embedded --repo user/name
+    python -m training.publish user/name --code_only    only replace the code that is published there by the current one
 
 A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
 left there and the run no longer has.
@@ -148,7 +148,7 @@ def _in_one_line(action: Callable, what: str, repo_id: str, run_dir: str | Path,
             given = {flag: value for flag, value in options.items() if value is not None and value is not False}
             words = [flag if value is True else f"{flag}={value}" for flag, value in given.items()]
             repeated = "asks again" if options["--dry-run"] else "goes on where it stopped"
-            reason += f"; `python -m training.hub.publish {shlex.join([str(run_dir), *words])}` {repeated}"
+            reason += f"; `python -m training.publish {shlex.join([str(run_dir), *words])}` {repeated}"
     # Outside of the handler: a traceback would show the client's words too.
     raise ValueError(without_token(f"cannot {what}: {reason}"))
 
@@ -321,9 +321,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None):
-    """`python -m training.hub.publish`: see --help."""
+    """`python -m training.publish`: see --help."""
     parser = _Parser(
-        prog="python -m training.hub.publish",
+        prog="python -m training.publish",
         description="Publish a finished run on the Hugging Face Hub, in one commit. The login is that of "
         "`hf auth login`, or HF_TOKEN. The same command again sends only what has changed, and goes on where an "
         "interrupted one stopped.",
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None):
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # a value is not repeated: it may be a secret
             what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
-            raise ValueError(f"{what}; see `python -m training.hub.publish --help`")
+            raise ValueError(f"{what}; see `python -m training.publish --help`")
         if args.code_only:
             if args.step is not None:
                 raise ValueError(f"--code_only takes no --step: name its branch, --branch step-{args.step}")

@@ -1,4 +1,4 @@
-"""What `python -m training.hub.publish RUN_DIR --code_only` replaces, in a folder and on the Hub, and what it leaves."""
+"""What `python -m training.publish RUN_DIR --code_only` replaces, in a folder and on the Hub, and what it leaves."""
 
 import contextlib
 import json
@@ -440,6 +440,6 @@ def test_a_command_that_may_be_repeated_is_named(old, hub, monkeypatch):
     push(old, "me/gpt")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.faults.append(Fault("fail", times=99, status=503))
-    assert refused("me/gpt").endswith("; `python -m training.hub.publish me/gpt --code_only` goes on where it stopped")
-    repeated = f"; `python -m training.hub.publish {old} --repo=me/gpt --code_only --dry-run` asks again"
+    assert refused("me/gpt").endswith("; `python -m training.publish me/gpt --code_only` goes on where it stopped")
+    repeated = f"; `python -m training.publish {old} --repo=me/gpt --code_only --dry-run` asks again"
     assert refused(old, "me/gpt", dry_run=True).endswith(repeated)

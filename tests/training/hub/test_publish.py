@@ -317,7 +317,7 @@ def test_a_dry_run_shows_what_would_be_done_and_does_nothing(run, hub, capsys):
 def test_after_a_dry_run_that_failed_the_command_that_is_named_is_a_dry_run(run, hub):
     hub.faults.append(Fault("fail", times=99, status=503))
     message = refused(run, dry_run=True)
-    assert message.endswith(f"; `python -m training.hub.publish {run} --repo=me/gpt --dry-run` asks again")
+    assert message.endswith(f"; `python -m training.publish {run} --repo=me/gpt --dry-run` asks again")
 
 
 # ---- what goes wrong ----
@@ -365,7 +365,7 @@ def test_what_goes_wrong_is_one_line_that_says_what_to_do(run, hub, monkeypatch,
     assert message.startswith(f"cannot publish {run} to {repo_id}: ") and said in message and "\n" not in message
     printed = capfd.readouterr()
     assert "canary" not in message + trace + caplog.text + printed.out + printed.err
-    goes_on = f"; `python -m training.hub.publish {run} --repo={repo_id}` goes on where it stopped"
+    goes_on = f"; `python -m training.publish {run} --repo={repo_id}` goes on where it stopped"
     assert message.endswith(goes_on) == (trouble.get("status") in (409, 429, 500, 503) or "stopped" in trouble)
 
 
