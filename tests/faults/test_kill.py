@@ -92,7 +92,7 @@ def test_a_trainer_whose_launcher_was_killed_saves_and_ends(trainers, uninterrup
     wait_for(lambda: not is_alive(trainer), what="the end of the trainer")
     assert "stopped by the end of its launcher after step 9" in run.output
     assert checkpoint_names(tmp_path / "run")[-1] == "step-000009"
-    config = str(REPOSITORY / "training/accelerate/cpu.yaml")
+    config = str(REPOSITORY / "training/launch/cpu.yaml")
     repeated = trainers.launch(tmp_path / "run", launcher=("--config_file", config), file=TRAIN_GPT)
     repeated.wait(0)
     assert "resuming from" in repeated.output

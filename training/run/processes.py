@@ -37,7 +37,7 @@ def create_accelerator(args: RunArguments) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ValueError(
                 f"{name.lower()} of accelerate owns optimizer, checkpoint or data, so a run could not resume exactly: "
-                "use FSDP2, as in training/accelerate/fsdp2.yaml"
+                "use FSDP2, as in training/launch/fsdp2.yaml"
             )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes would each train alone
@@ -53,7 +53,7 @@ def create_accelerator(args: RunArguments) -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in training/accelerate/fsdp2.yaml")
+        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in training/launch/fsdp2.yaml")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         # accelerate's own policy would also round the loss and the sum of gradients to bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
