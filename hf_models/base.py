@@ -252,8 +252,7 @@ class TransformerConfig(ZooConfig):
     # Where the stacks of blocks are in the base model, and whether they have cross-attention.
     stacks: ClassVar[dict[str, bool]] = {"layers": False}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """How to split the blocks over the devices of tensor parallelism, for the modules that this config has."""
         plan = {}
         for stack, has_cross_attention in self.stacks.items():
@@ -285,6 +284,7 @@ class TransformerConfig(ZooConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.qkv_bias is None:
             self.qkv_bias = self.use_bias
+        self.base_model_tp_plan = self.tensor_parallel_plan()  # transformers reads it here, and does not save it
 
     def validate_layers(self):
         """Checks, on construction and on saving, that the fields fit together."""
