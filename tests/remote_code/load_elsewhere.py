@@ -117,9 +117,13 @@ def check(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(source, **which)
         assert tokenizer("to be").input_ids == expected["text"].tolist()
     else:
-        processor = AutoImageProcessor.from_pretrained(source, **which)
         with Image.open(folder / "picture.png") as picture:
-            assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+            for backend in (None, "pil", "torchvision"):
+                processor = AutoImageProcessor.from_pretrained(source, backend=backend, **which)
+                assert type(processor).__module__.split(".")[-1] == "image_processing"
+                assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+        processor.save_pretrained(again)
+        assert (again / "image_processing.py").read_bytes() == (folder / "image_processing.py").read_bytes()
     for ending, (task, given, settings) in PIPELINES.items():
         if architecture.endswith(ending):
             use = pipeline(task, model=source, device="cpu", **which, **settings)
