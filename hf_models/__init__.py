@@ -61,6 +61,9 @@ __all__ = [
 ]
 
 with contextlib.suppress(ImportError):  # there is no Pillow, and a model of text needs none
+    # From its module: the one of the same name in `transformers` 5.17 needs torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     from .image_processing import ZooDetrImageProcessor, ZooViTImageProcessor
 
     for config_class, processor_class in (
@@ -70,5 +73,5 @@ with contextlib.suppress(ImportError):  # there is no Pillow, and a model of tex
     ):
         # The same one whether torchvision is there or not.
         processor_classes = {"pil": processor_class, "torchvision": processor_class}
-        transformers.AutoImageProcessor.register(config_class, image_processor_classes=processor_classes, exist_ok=True)
+        AutoImageProcessor.register(config_class, image_processor_classes=processor_classes, exist_ok=True)
     __all__ += ["ZooDetrImageProcessor", "ZooViTImageProcessor"]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers import DetrImageProcessorPil, ViTImageProcessorPil
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import SizeDict
+from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
 
 
 class PixelReader:
@@ -35,9 +35,14 @@ class PixelReader:
             ValueError: pixels that are not whole numbers from 0 to 255.
         """
         if not isinstance(image, Image.Image):
-            pixels = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format)
+            pixels = np.asarray(image)
             if pixels.dtype != np.uint8:
                 raise ValueError(f"an image is an array of {pixels.dtype}: give uint8, from 0 to 255, or a PIL image")
+            if pixels.ndim == 2:
+                pixels = pixels[None]
+            else:
+                where = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+                pixels = np.moveaxis(pixels, -1, 0) if where == ChannelDimension.LAST else pixels
             image = to_image(pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):

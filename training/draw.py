@@ -19,8 +19,9 @@ import PIL.Image
 import torch
 from matplotlib.figure import Figure
 from PIL.Image import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, DetrImageProcessorPil
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DetrImageProcessorPil
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # in 5.17 `transformers` has another
 from transformers.utils import logging
 
 from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViTModel

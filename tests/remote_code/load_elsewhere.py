@@ -54,8 +54,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, pipeline  # noqa: E402
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoTokenizer, pipeline  # noqa: E402
 from transformers.models.auto.auto_factory import _BaseAutoBackboneClass  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 PIPELINES = {
     "ForCausalLM": ("text-generation", "to be", {"max_new_tokens": 3}),

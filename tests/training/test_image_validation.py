@@ -5,8 +5,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from transformers import AutoImageProcessor, pipeline
+from transformers import pipeline
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_models import ZooViTConfig, ZooViTForImageClassification
 from tests.training.pictures import content, picture
