@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DetrImageProcessorPil
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # in 5.17 `transformers` has another
 from transformers.utils import logging
 
 from hf_models import ZooDetrForObjectDetection, ZooViTMAEForPreTraining, ZooViTModel
@@ -303,7 +304,7 @@ def draw_detections(checkpoint: str, config, images: Sequence[str], text: str | 
         raise ValueError(f"--text: {checkpoint} is a model of images, give --image")
     model = ZooDetrForObjectDetection.from_pretrained(checkpoint)
     try:
-        processor = DetrImageProcessorPil.from_pretrained(checkpoint)
+        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     except OSError:  # a model without one: that of the paper
         processor = DetrImageProcessorPil()
     if images:

@@ -21,7 +21,7 @@ from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import read_images
 from training.images.validation import ClassValidation
-from training.models import create_image_model, create_image_processor, normalisation_of
+from training.models import create_image_model, normalisation_of
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
 TINY_DECODER = ",decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"
@@ -204,22 +204,6 @@ def test_stock_checkpoints_are_gone_on_from(tmp_path, kind):
     )
     assert model(torch.zeros(1, 1, 16, 16)).logits.shape == (1, 2)
     assert normalisation_of(str(tmp_path), 1) is None
-
-
-@pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("size", [(12, 12), (8, 12)])
-def test_the_image_processor_prepares_an_image_as_the_evaluation_does(size, num_channels, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, size=(*size, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert("L" if num_channels == 1 else "RGB")
-    mean, std = [0.1, 0.2, 0.3][:num_channels], [0.2, 0.3, 0.4][:num_channels]
-    processor = create_image_processor(size, mean, std)
-    expected = torch.from_numpy(np.array(image)).view(*size, -1).permute(2, 0, 1)[None]
-    expected = make_augmentation(image_size=size, mean=mean, std=std).normalize(expected)
-    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values, expected)
-    assert processor(image.resize((40, 30)), return_tensors="pt").pixel_values.shape == (1, num_channels, *size)
-    if num_channels == 1:  # as a pipeline opens it
-        colours = processor(image.convert("RGB"), return_tensors="pt").pixel_values
-        torch.testing.assert_close(colours, expected.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["mae", "classify"])

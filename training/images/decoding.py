@@ -42,6 +42,7 @@ def decode(
     size: tuple[int, int],
     num_channels: int,
     annotated: tuple[int, int] | None = None,
+    quick: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """The pixels (C, h, w), uint8, of an image, and what had to be converted.
 
@@ -52,6 +53,8 @@ def decode(
         num_channels: 1 for grey, 3 for RGB. Transparency is left out, 16 bits are cut to 8.
         annotated: height and width of the image that boxes were drawn on. If they are those of the image before it is
             turned upright, it stays so; if neither, the image is bad.
+        quick: a JPEG of at least four times the size is decoded at a fraction of its own, which changes its pixels a
+            little: good enough to train on. Without it the pixels are those that a pipeline sees.
 
     Raises:
         Exception: of any kind, the image is corrupt; `is_bad_image` tells it from a failure of the system.
@@ -65,17 +68,22 @@ def decode(
         elif image.mode != ("L" if num_channels == 1 else "RGB"):
             conversions.append(KINDS.get(image.mode, {"L": "grey", "RGB": "colour"}.get(image.mode, image.mode)))
         orientation = _annotated_orientation(image, annotated)
-        if image.format in ("JPEG", "MPO"):
+        if quick and image.format in ("JPEG", "MPO"):
             _shrink(image, orientation, box, size)
         image.load()
         turn = UPRIGHT.get(orientation)
-        image = _convert(image, num_channels)
-    if turn is not None:
-        conversions.append("EXIF-rotated")
-        image = image.transpose(turn)
+        if turn is not None:
+            conversions.append("EXIF-rotated")
+            image = image.transpose(turn)
+        return view(image, box, size, num_channels), conversions
+
+
+def view(image: Image.Image, box: Box | None, size: tuple[int, int], num_channels: int) -> np.ndarray:
+    """The pixels (C, h, w), uint8, of a part of an upright image; see `decode`."""
+    image = _convert(image, num_channels)
     image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, _pixel_box(image.size, box, size))
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), conversions
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def aspect(file: str | bytes) -> float:
@@ -108,6 +116,7 @@ def decode_all(
     num_channels: int,
     pixels: Sequence[np.ndarray],
     annotated: Sequence[tuple[int, int]] | None = None,
+    quick: bool = False,
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
     """Decodes into `pixels`, B arrays (C, h, w). Returns why an image is bad and what was converted, by place in the
     batch."""
@@ -118,7 +127,7 @@ def decode_all(
                 raise ValueError("no content")
             box = None if boxes is None else boxes[place]
             size = None if annotated is None else tuple(annotated[place])
-            pixels[place][:], converted = decode(file, box, pixels[place].shape[1:], num_channels, size)
+            pixels[place][:], converted = decode(file, box, pixels[place].shape[1:], num_channels, size, quick)
             if converted:
                 conversions[place] = converted
         except Exception as error:  # Pillow's readers raise nearly everything
@@ -214,7 +223,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             num_channels = request["num_channels"]
             pixels = [np.zeros((num_channels, *size), np.uint8) for size in request["sizes"]]
             try:
-                failures, conversions = decode_all(files, request["boxes"], num_channels, pixels, request["annotated"])
+                failures, conversions = decode_all(
+                    files, request["boxes"], num_channels, pixels, request["annotated"], request["quick"]
+                )
             except OSError as error:
                 write_message(answers, {"error": [error.errno, error.strerror, error.filename]})
             else:

@@ -21,10 +21,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.images import decoding
+from training.images.augment import grey
 
 MAX_PREFETCHED = 64  # batches; older ones that nobody came for are dropped
 
@@ -130,8 +132,8 @@ def _key(indices: np.ndarray, boxes: np.ndarray | None, size: tuple[int, int]) -
 class ArrayRows(ImageRows):
     """Images of one size, all in memory: (N, C, H, W) uint8 with 1, 3 or 4 channels, of which the fourth is left out.
 
-    They are cut and resized as the products with two matrices, one a side, which is as exact as Pillow and for small
-    images much quicker.
+    Boxes are cut out and resized as the products with two matrices, one a side, which is as exact as Pillow and for
+    small images much quicker. Whole images are resized with Pillow itself, so that a pipeline sees the same pixels.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, *, num_channels: int):
@@ -145,23 +147,21 @@ class ArrayRows(ImageRows):
         return np.full(len(indices), self.pixels.shape[3] / self.pixels.shape[2])
 
     def _load(self, indices, boxes, size):
-        pixels = self.pixels[torch.from_numpy(indices)]
-        if self.num_channels == 1 and pixels.shape[1] > 1:
-            luma = (pixels[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-            pixels = luma.round().to(torch.uint8)
-        pixels = resize(pixels[:, :3], boxes, size)
+        pixels = self.pixels[torch.from_numpy(indices)][:, :3]
+        if self.num_channels == 1:
+            pixels = grey(pixels.int()).to(torch.uint8)
+        if boxes is not None:
+            pixels = resize(pixels, boxes, size)
+        elif pixels.shape[2:] != size:
+            images = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in pixels]
+            views = [decoding.view(image, None, size, pixels.shape[1]) for image in images]
+            pixels = torch.from_numpy(np.stack(views))
         return pixels.expand(-1, self.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-def resize(pixels: Tensor, boxes: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+def resize(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Cuts out and resizes, bicubic with antialiasing: (B, C, H, W) uint8 to (B, C, h, w). See `ImageRows.images`."""
     height, width = pixels.shape[2:]
-    if boxes is None:
-        if (height, width) == size:
-            return pixels
-        scale = max(size[0] / height, size[1] / width)
-        across, down = size[1] / scale / width, size[0] / scale / height
-        boxes = np.array([[(1 - across) / 2, (1 - down) / 2, across, down]])
     left, top, across, down = torch.from_numpy(boxes).float().T
     rows = _resize_matrix(top * height, down * height, height, size[0])[:, None]  # (B, 1, h, H)
     columns = _resize_matrix(left * width, across * width, width, size[1])[:, None]  # (B, 1, w, W)
@@ -219,7 +219,10 @@ class BadImageLimit:
 
 class EncodedRows(ImageRows):
     """Images that have to be decoded. A bad one is replaced by the next sound one with the same label, until there are
-    more of them than the limit allows: then `images` raises BadImages."""
+    more of them than the limit allows: then `images` raises BadImages.
+
+    quick: for images to train on, see `decoding.decode`.
+    """
 
     def __init__(
         self,
@@ -229,9 +232,11 @@ class EncodedRows(ImageRows):
         num_channels: int,
         decoder: "Decoder",
         limit: BadImageLimit,
+        quick: bool = False,
     ):
         super().__init__(labels)
         self.source, self.num_channels, self.decoder, self.limit = source, num_channels, decoder, limit
+        self.quick = quick
         self.bad = limit.watch(source)
         self.converted: dict[str, set[int]] = {}  # numbers, by kind
         self._aspects = np.zeros(0, np.float32)  # 0: not known yet
@@ -272,15 +277,17 @@ class EncodedRows(ImageRows):
     def _decode(self, indices: np.ndarray, view: Callable) -> tuple[Tensor | list[Tensor], np.ndarray]:
         """The images with these numbers, or others for bad ones, and the numbers of those.
 
-        view: from places in the batch, and the numbers of the images there, to what `Decoder.decode` takes behind the
-            files: boxes, sizes, and whatever more.
+        view: from places in the batch, and the numbers of the images there, to what `Decoder.decode` takes of each:
+            boxes, sizes, and if need be the annotated sizes.
         """
         chosen = np.array([self._sound(int(index)) for index in indices], np.int64)
         places = np.arange(len(indices))
         while len(places):
             files = self.source.encoded(chosen[places])
             boxes, sizes, *more = view(places, chosen[places])
-            decoded, failures, conversions = self.decoder.decode(files, boxes, sizes, self.num_channels, *more)
+            decoded, failures, conversions = self.decoder.decode(
+                files, boxes, sizes, self.num_channels, *more, quick=self.quick
+            )
             if len(places) == len(indices):
                 pixels = decoded
             else:
@@ -344,11 +351,12 @@ class Decoder:
         sizes: tuple[int, int] | np.ndarray,
         num_channels: int,
         annotated: np.ndarray | None = None,
+        quick: bool = False,
     ) -> tuple[Tensor | list[Tensor], dict[int, str], dict[int, list[str]]]:
         """Pixels, why an image is bad, and what was converted, both by place in the batch.
 
         sizes: height and width of all, for pixels (B, C, h, w); or (B, 2), those of each, for B tensors (C, h, w).
-        annotated: (B, 2), see `decoding.decode`.
+        annotated, quick: see `decoding.decode`; (B, 2) and one for all.
         """
         if isinstance(sizes, tuple):
             pixels = torch.empty(len(files), num_channels, *sizes, dtype=torch.uint8)
@@ -358,14 +366,14 @@ class Decoder:
             arrays = [image.numpy() for image in pixels]
         boxes, annotated = (None if values is None else values.tolist() for values in (boxes, annotated))
         if not self.num_workers:
-            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated)
+            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated, quick)
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_workers)
         length = max(1, min(32, -(-len(files) // (2 * self.num_workers))))
         parts = [slice(first, first + length) for first in range(0, len(files), length)]
         tasks = [
             self._threads.submit(
-                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part]
+                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part], quick
             )
             for part in parts
         ]
@@ -375,12 +383,12 @@ class Decoder:
                 found.update({part.start + int(place): what for place, what in answered.items()})
         return pixels, failures, conversions
 
-    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
+    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
         for is_last in (False, True):  # one may have died for want of memory, or by somebody's hand
             if not hasattr(self._own, "process"):
                 self._own.process = _DecodingProcess()
             try:
-                return self._own.process.decode(files, boxes, pixels, annotated)
+                return self._own.process.decode(files, boxes, pixels, annotated, quick)
             except (EOFError, BrokenPipeError):
                 code = self._own.process.end()
                 del self._own.process
@@ -400,7 +408,7 @@ class _DecodingProcess:
         )
         self.end = weakref.finalize(self, _end, self.process)
 
-    def decode(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
+    def decode(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
         contents = [file for file in files if isinstance(file, bytes)]
         request = {
             "files": [file if isinstance(file, str) else len(file) for file in files],
@@ -408,6 +416,7 @@ class _DecodingProcess:
             "num_channels": len(pixels[0]),
             "sizes": [image.shape[1:] for image in pixels],
             "annotated": annotated,
+            "quick": quick,
         }
         decoding.write_message(self.process.stdin, request, *contents)
         answer = decoding.read_message(self.process.stdout)
