@@ -15,6 +15,7 @@ in shape comments:
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -244,7 +245,7 @@ class MultiHeadAttention(nn.Module):
             key, value = self._project_source(states, position, rotary)
             cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-        kept = cache.cross_attention_cache.layers[self.layer_idx]
+        kept: Any = cache.cross_attention_cache.layers[self.layer_idx]
         return kept.keys, kept.values
 
     def _attend(self, query, key, value, mask, packing, source_packing, output_tokens, **kwargs):

@@ -3,6 +3,8 @@
 `config` is a `ZooDetrConfig` (see `detr.py`).
 """
 
+from typing import Any
+
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 
@@ -35,7 +37,7 @@ def make_backbone(config, own: dict[str, type[nn.Module]]) -> nn.Module:
     return backbone
 
 
-def num_features(backbone: nn.Module) -> int:
+def num_features(backbone) -> int:
     """Channels of its last feature map."""
     return backbone.num_channels_out if isinstance(backbone, ResNet) else backbone.channels[-1]
 
@@ -76,12 +78,13 @@ def stock_backbone_config(config) -> PreTrainedConfig:
     if config.dilation:
         if not is_timm_available():
             raise ValueError("a stock DETR with dilation=True has a backbone of timm: install timm")
-        return TimmBackboneConfig(
-            backbone=config.backbone,
-            num_channels=config.num_channels,
-            features_only=True,
-            use_pretrained_backbone=False,
-            out_indices=[1, 2, 3, 4],
-            output_stride=16,
-        )
+        options: dict[str, Any] = {  # not all of them are fields
+            "backbone": config.backbone,
+            "num_channels": config.num_channels,
+            "features_only": True,
+            "use_pretrained_backbone": False,
+            "out_indices": [1, 2, 3, 4],
+            "output_stride": 16,
+        }
+        return TimmBackboneConfig(**options)
     return ResNetConfig(num_channels=config.num_channels, **stock_resnet_fields(config.backbone))

@@ -10,7 +10,7 @@ The mathematics is in `attention.py`, `layers.py` and `positions.py`; this file 
 import difflib
 import inspect
 from dataclasses import fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -83,6 +83,7 @@ class ZooConfig(PreTrainedConfig):
 
     zoo_version: str | None = None
 
+    num_labels: ClassVar[Any] = PreTrainedConfig.num_labels
     # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
     family_auto_map: ClassVar[dict[str, str]] = {}
     # The `model_type`s of the stock checkpoints that this family reads.
@@ -144,9 +145,9 @@ class ZooModel(PreTrainedModel):
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ": leave it out"
                 raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
 
-    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, but in this package's own key names; `to_stock().save_pretrained` writes stock keys."""
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
         """The stock class and config that compute the same function; raises a `ValueError` naming the option where
@@ -184,13 +185,14 @@ class ZooModel(PreTrainedModel):
         """
         stock_class, stock_config = self.stock_class_and_config()
         weights = self.stock_weights()
-        stock, loaded = stock_class.from_pretrained(
+        stock_and_keys: Any = stock_class.from_pretrained(
             None,
             config=stock_config,
             state_dict={name: weight.clone() for name, weight in weights.items()},
             dtype=self.dtype,
             output_loading_info=True,
         )
+        stock, loaded = stock_and_keys
         assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
         return stock.to(self.device).train(self.training)
 
@@ -249,13 +251,15 @@ class TransformerConfig(ZooConfig):
     drop_path: float | int = 0.0
     class_weights: list[float | int] | None = None
 
-    # Where the stacks of blocks are in the base model, and whether they have cross-attention.
-    stacks: ClassVar[dict[str, bool]] = {"layers": False}
+    @property
+    def stacks(self) -> dict[str, bool]:
+        """Where the stacks of blocks are in the base model, and whether they have cross-attention."""
+        return {"layers": False}
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # stock configs have one fixed plan
         """How to split the blocks over the devices of tensor parallelism, for the modules that this config has."""
-        plan = {}
+        plan: dict[str, str] = {}
         for stack, has_cross_attention in self.stacks.items():
             for attention in ("attention", "cross_attention") if has_cross_attention else ("attention",):
                 plan |= {f"{stack}.*.{attention}.{name}_proj": "colwise" for name in "qkv"}
@@ -288,6 +292,7 @@ class TransformerConfig(ZooConfig):
 
     def validate_layers(self):
         """Checks, on construction and on saving, that the fields fit together."""
+        assert self.num_key_value_heads is not None  # `derive_fields` fills it in
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
@@ -386,6 +391,7 @@ class TextConfig(TransformerConfig):
 
     def validate_positions(self):
         """Checks that the chosen positions fit the sizes."""
+        assert self.head_dim is not None  # `derive_fields` fills it in
         if self.position_embedding_type == "rotary" and self.head_dim % 2:
             raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:

@@ -1,5 +1,7 @@
 """Beams that share their source: in generation, the rows of one input look at one copy of its keys and values."""
 
+from typing import Any
+
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 
@@ -33,13 +35,14 @@ class SharesSource:
     that take any mask can do.
     """
 
+    config: Any
     source_inputs = ("encoder_hidden_states", "encoder_attention_mask")
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {}
         if self.config._attn_implementation in ("eager", "sdpa"):
             shared = {name: model_kwargs.pop(name) for name in self.source_inputs if name in model_kwargs}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # `GenerationMixin` has it
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **shared}

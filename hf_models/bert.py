@@ -95,6 +95,7 @@ class ZooBertConfig(TextConfig):
 
 
 class ZooBertPreTrainedModel(TextModel):
+    config: ZooBertConfig
     config_class = ZooBertConfig
     _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "bert"
@@ -135,6 +136,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
 
     def pool(self, first_states):
         """tanh(W h) of first tokens' states (..., D)."""
+        assert self.pooler is not None
         return torch.tanh(self.pooler(first_states))
 
     @merge_with_config_defaults
@@ -143,9 +145,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         skip_padding: bool = True,
         read_places: torch.BoolTensor | None = None,
         only_first: bool = False,
@@ -263,6 +265,7 @@ class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
     """What the two models that fill in masked tokens share: the head's matrix is that of the embedding, and which
     states it reads."""
 
+    mlm_head: "MaskedTokenHead"
     _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
     _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
 

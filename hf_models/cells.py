@@ -69,15 +69,15 @@ class CellPositions(nn.Module):
             return self.learned(h, w).flatten(0, 1)[None]
         if self.by_centres:
             rows, columns = cells.rows[:, :, None].expand(-1, -1, w), cells.columns[:, None].expand(-1, h, -1)
-            places = [axis.flatten(1) * 2 * math.pi for axis in (rows, columns)]
-            return sinusoidal_encoding_2d(*places, self.dim, ANCHOR_TEMPERATURE)  # (B, S, D)
+            rows, columns = (axis.flatten(1) * 2 * math.pi for axis in (rows, columns))
+            return sinusoidal_encoding_2d(rows, columns, self.dim, ANCHOR_TEMPERATURE)  # (B, S, D)
         # As published: cells are counted from one, and the last one of the image is at 2 pi (appendix A.4).
         is_image = torch.ones(1, h, w, device=cells.rows.device) if cells.is_image is None else cells.is_image.float()
-        places = [
-            axis / (axis.narrow(number, -1, 1) + 1e-6) * 2 * math.pi
+        rows, columns = (
+            (axis / (axis.narrow(number, -1, 1) + 1e-6) * 2 * math.pi).flatten(1)
             for number, axis in ((1, is_image.cumsum(1)), (2, is_image.cumsum(2)))
-        ]
-        return sinusoidal_encoding_2d(*(axis.flatten(1) for axis in places), self.dim)
+        )
+        return sinusoidal_encoding_2d(rows, columns, self.dim)
 
 
 class SpatialPrior(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.detr.modeling_detr import DetrDecoderOutput, DetrModelOutput, DetrObjectDetectionOutput
@@ -123,7 +123,6 @@ class ZooDetrConfig(TransformerConfig):
     }
     _auto_class = "AutoConfig"
     stock_model_types = ("detr",)
-    stacks = {"encoder.layers": False, "decoder.layers": True}
     sub_configs = {"backbone_config": AutoConfig}
 
     is_encoder_decoder: bool = True
@@ -158,6 +157,10 @@ class ZooDetrConfig(TransformerConfig):
     num_denoising_groups: int = 0
     box_noise: float | int = 0.4
     label_noise: float | int = 0.2
+
+    @property
+    def stacks(self) -> dict[str, bool]:
+        return {"encoder.layers": False, "decoder.layers": True}
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -208,10 +211,11 @@ class ZooDetrConfig(TransformerConfig):
 
 
 class ZooDetrPreTrainedModel(TransformerModel):
+    config: ZooDetrConfig
     config_class = ZooDetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _input_embed_layer = "input_projection"
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked$"]
 
@@ -289,8 +293,10 @@ class MLP(nn.Module):
 
     def __init__(self, *sizes: int, last: type[nn.Linear] = nn.Linear):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-2], sizes[1:-1], strict=True))
-        self.layers.append(last(*sizes[-2:]))
+        self.layers = nn.ModuleList(
+            nn.Linear(before, after) for before, after in zip(sizes[:-2], sizes[1:-1], strict=True)
+        )
+        self.layers.append(last(sizes[-2], sizes[-1]))
 
     def forward(self, states):
         *hidden, last = self.layers
@@ -376,7 +382,7 @@ class ZooDetrDecoder(ZooDetrPreTrainedModel):
         encoder_hidden_states,
         encoder_attention_mask=None,
         encoder_position_embeddings=None,
-        cells: Cells | None = None,
+        cells: Cells,
         **kwargs,
     ) -> ZooDetrDecoderOutput:
         """
@@ -513,12 +519,13 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
             (proposal_logits, proposal_boxes), proposal_mask = self.propose(memory, cells), is_token
             queries = self.select(proposal_logits, proposal_boxes, is_token)
             contents = contents[:, : queries.shape[1]]
-        elif config.anchor_queries:
+        elif self.anchors is not None:
             queries = self.anchors.weight.float().sigmoid().expand(memory.shape[0], -1, -1)  # (B, Q, 4)
         else:
             contents, queries = torch.zeros_like(contents), contents
         query_mask = None
         if denoising is not None:
+            assert self.label_embed is not None
             contents = torch.cat((self.label_embed(denoising.classes).to(contents.dtype), contents), dim=1)
             queries = torch.cat((denoising.boxes.clamp(min=1e-3), queries), dim=1)
             num_tokens = contents.shape[1]  # fewer than the mask has where there are fewer cells than queries
@@ -554,6 +561,7 @@ class ZooDetrModel(ZooDetrPreTrainedModel):
 
     def propose(self, memory, cells: Cells):
         """Each cell's classes (B, S, C + 1), and its box (B, S, 4): one of a few cells around it, corrected."""
+        assert self.proposal_class_head is not None and self.proposal_box_head is not None
         middle = torch.stack(torch.broadcast_tensors(cells.columns[:, None], cells.rows[:, :, None]), dim=-1)
         size = (PROPOSED_SIZE * cells.size)[:, None, None].expand_as(middle)  # (B, h, w, 2)
         boxes = torch.cat((middle, size), dim=-1).flatten(1, 2)
@@ -620,7 +628,8 @@ class ZooDetrForObjectDetection(ZooDetrPreTrainedModel):
         if labels is None or not config.auxiliary_loss:
             states, boxes = states[-1:], None if boxes is None else boxes[-1:]
         logits = self.classify(self.class_head, states).float()
-        boxes = self.box_head(states).float().sigmoid() if boxes is None else boxes
+        if self.box_head is not None:  # otherwise the decoder has found the boxes
+            boxes = self.box_head(states).float().sigmoid()
         noised = None
         if denoising is not None:
             num_noised = assignment.shape[1]
@@ -628,7 +637,7 @@ class ZooDetrForObjectDetection(ZooDetrPreTrainedModel):
             logits, boxes = logits[:, :, num_noised:], boxes[:, :, num_noised:]
 
         loss = loss_dict = auxiliary_outputs = None
-        if labels is not None:
+        if targets is not None:
             predictions = [(logits, boxes)]
             if outputs.proposal_logits is not None:
                 predictions.append((outputs.proposal_logits[None].float(), outputs.proposal_boxes[None]))
@@ -683,7 +692,7 @@ TIMM_BACKBONE = timm_renamings(r"(?<!\w)backbone\.", BACKBONES)
 STOCK_BACKBONE = stock_renamings(r"(?<!\w)backbone\.", BACKBONES)
 
 # Stock DETR key names, both ways.
-DETR_RENAMINGS = [
+DETR_RENAMINGS: list[WeightConverter | WeightRenaming] = [
     *TIMM_BACKBONE,
     *STOCK_BACKBONE,
     WeightRenaming(r"position_embedding\.(row|column)_embeddings", r"positions\.learned\.\1_embeddings"),

@@ -102,7 +102,9 @@ UNSUPPORTED_STOCK_OPTIONS = {
 
 
 class ZooGPTPreTrainedModel(TextModel):
+    config: ZooGPTConfig
     config_class = ZooGPTConfig
+    stock_class_name: ClassVar[str]
     _can_record_outputs = DECODER_OUTPUTS
     base_model_prefix = "transformer"
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # GPT-2's saved causal masks
@@ -145,9 +147,9 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         cache=None,
@@ -278,7 +280,9 @@ class ZooGPTForCausalLM(SharesSource, ZooGPTPreTrainedModel, GenerationMixin):
             `hidden_states` and `attentions`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        has_labels = labels is not None or shift_labels is not None
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        has_labels = shift_labels is not None
         if use_cache is None and has_labels and self.training:
             use_cache = False  # nothing is generated from here
         outputs = self.transformer(
@@ -301,8 +305,6 @@ class ZooGPTForCausalLM(SharesSource, ZooGPTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states) if return_logits or not has_labels else None
         loss = None
         if has_labels:
-            if shift_labels is None:
-                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = head_loss(self.lm_head, hidden_states, shift_labels, num_items_in_batch, logits=logits)
         return self.make_output(
             CausalLMOutputWithCrossAttentions,

@@ -8,6 +8,7 @@ Every model of this package composes these parts. The dimensions in shape commen
 chooses the tokens that blocks compute.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ def squared_relu(hidden_states):
     return F.relu(hidden_states).square()
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # x Phi(x) (Hendrycks and Gimpel 2016)
     "gelu_new": partial(F.gelu, approximate="tanh"),  # the approximation that GPT and GPT-2 were trained with
     "relu": F.relu,
@@ -128,7 +129,7 @@ class TransformerBlock(GradientCheckpointingLayer):
         super().__init__()
 
         def after_branch():
-            steps = [nn.Dropout(config.hidden_dropout)] if config.hidden_dropout else []
+            steps: list[nn.Module] = [nn.Dropout(config.hidden_dropout)] if config.hidden_dropout else []
             steps += [LayerScale(config.hidden_size, config.layer_scale)] if config.layer_scale else []
             return nn.Sequential(*steps, *([DropPath(drop_path)] if drop_path else []))
 
@@ -192,6 +193,7 @@ class TransformerBlock(GradientCheckpointingLayer):
             )[0]
 
         def cross_attend(states):
+            assert self.cross_attention is not None
             return self.cross_attention(
                 states,
                 encoder_attention_mask,
@@ -204,11 +206,11 @@ class TransformerBlock(GradientCheckpointingLayer):
                 **(cross_attention_options or {}),
             )[0]
 
-        norm, branch = self.attention_norm, self.attention_branch
-        hidden_states = self._residual(hidden_states, attend, norm, branch, output_tokens)
+        hidden_states = self._residual(hidden_states, attend, self.attention_norm, self.attention_branch, output_tokens)
         if self.cross_attention is not None and encoder_hidden_states is not None:
-            norm, branch = self.cross_attention_norm, self.cross_attention_branch
-            hidden_states = self._residual(hidden_states, cross_attend, norm, branch)
+            hidden_states = self._residual(
+                hidden_states, cross_attend, self.cross_attention_norm, self.cross_attention_branch
+            )
         return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm, self.feed_forward_branch)
 
     def _residual(self, hidden_states, sublayer, norm, branch, output_tokens=None):

@@ -7,6 +7,8 @@ computed in parts.
     D  hidden size    C  classes         V  vocabulary
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -136,7 +138,7 @@ def cross_entropy(
     """
     logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
     weights = None if class_weights is None else logits.new_tensor(class_weights)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
     total = F.cross_entropy(logits, labels, weight=weights, **options)
     if num_items is None:
         counts = labels != ignore_index
@@ -207,15 +209,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += _loss_of_slice(
                     logits, targets[part], ignore_index, label_smoothing, with_gradient=any(ctx.needs_input_grad)
                 )  # with a gradient, `logits` now holds dL/dz
-                if needs_hidden:
+                if grad_hidden is not None:
                     grad_hidden[part] = logits @ matrix
                 if needs_weight and grad_weight is None:
                     grad_weight = (logits.T @ states).to(weight.dtype)
-                elif needs_weight and dtype == weight.dtype:
+                elif grad_weight is not None and dtype == weight.dtype:
                     grad_weight.addmm_(logits.T, states)
-                elif needs_weight:
+                elif grad_weight is not None:
                     grad_weight += logits.T @ states
-                if needs_bias:
+                if grad_bias is not None:
                     grad_bias += logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, num_items)
         return loss / num_items

@@ -95,6 +95,7 @@ class ZooViTMAEConfig(ZooViTConfig):
 
 
 class ZooViTMAEPreTrainedModel(ZooViTPreTrainedModel):
+    config: ZooViTMAEConfig
     config_class = ZooViTMAEConfig
     _keys_to_ignore_on_load_unexpected = []
 
@@ -160,7 +161,7 @@ class MAEDecoder(nn.Module):
         self.positions = PatchPositions(sizes)
         self.layers = TransformerStack(sizes, sizes.num_hidden_layers)
         self.norm = make_norm(sizes)
-        self.head = nn.Linear(sizes.hidden_size, config.patch_size**2 * config.num_channels)
+        self.head = nn.Linear(sizes.hidden_size, config.patch_side**2 * config.num_channels)
         for module in self.layers.modules():
             if isinstance(module, MultiHeadAttention):
                 module.config = config  # where the backend is set
@@ -197,15 +198,15 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
 
     def patchify(self, images):
         """(B, C, H, W) -> (B, P, p p C), the channels of a pixel side by side, as stock has them."""
-        size = self.config.patch_size
+        size = self.config.patch_side
         patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, columns, p, p)
         return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
     def unpatchify(self, patches, original_image_size: tuple[int, int] | None = None):
         """The images (B, C, H, W) of patches (B, P, p p C); by default of `config.grid_size`."""
-        size, grid = self.config.patch_size, self.config.grid_size
+        size, grid = self.config.patch_side, self.config.grid_size
         if original_image_size is not None:
-            grid = tuple(side // size for side in original_image_size)
+            grid = original_image_size[0] // size, original_image_size[1] // size
         patches = patches.unflatten(2, (size, size, -1)).unflatten(1, grid)  # (B, rows, columns, p, p, C)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

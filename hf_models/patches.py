@@ -108,6 +108,8 @@ class PatchPositions(nn.Module):
     """Where each patch of a grid is. An image of another size than `config.image_size` gets positions in between, as
     if its grid were laid over the one the model was made for (section 3.2)."""
 
+    weight: nn.Parameter | None
+
     def __init__(self, config):
         super().__init__()
         self.kind, self.grid_size, self.counted = config.position_embedding_type, config.grid_size, config.position_grid
@@ -116,7 +118,10 @@ class PatchPositions(nn.Module):
         rows, columns = self.grid_size
         learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
         self.register_parameter("weight", learned if self.kind == "learned" else None)
-        self.halves = LearnedPositions2D(*self.counted, self.dim) if self.kind == "learned_2d" else None
+        self.halves = None
+        if self.kind == "learned_2d":
+            counted_rows, counted_columns = self.counted
+            self.halves = LearnedPositions2D(counted_rows, counted_columns, self.dim)
 
     def initialise(self, config):
         if self.weight is not None:
@@ -124,18 +129,18 @@ class PatchPositions(nn.Module):
 
     def class_vector(self):
         """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""
-        return self.weight[:, :1] if self.has_class_token and self.kind == "learned" else 0
+        return 0 if self.weight is None or not self.has_class_token else self.weight[:, :1]
 
     def vectors(self, height: int, width: int, dtype: torch.dtype, device):
         """What to add to the patches of a grid, (1, height x width, D); 0 for rotary positions."""
         if self.kind == "rotary":
             return 0
-        if self.kind == "sinusoidal":
-            rows, columns = self.coordinates(height, width, device)
-            return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
-        if self.kind == "learned_2d":
+        if self.weight is not None:
+            return resize_positions(self.weight[:, int(self.has_class_token) :], self.grid_size, (height, width))
+        if self.halves is not None:
             return resize_positions(self.halves(*self.counted).flatten(0, 1)[None], self.counted, (height, width))
-        return resize_positions(self.weight[:, int(self.has_class_token) :], self.grid_size, (height, width))
+        rows, columns = self.coordinates(height, width, device)
+        return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
 
     def rotations(self, height: int, width: int, num_prefix_tokens: int, dtype: torch.dtype, device):
         """Cosines and sines (1, 1, T, H / 2) for attention, or None; tokens before the patches do not turn."""

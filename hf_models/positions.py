@@ -23,9 +23,9 @@ def encode_positions(config, embed_positions: nn.Embedding | None, embeddings, p
     """
     if config.position_embedding_type == "rotary":
         return embeddings, rotary_angles(position_ids, config.head_dim, config.rope_theta, embeddings.dtype)
-    if config.position_embedding_type == "sinusoidal":
-        return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
-    return embeddings + embed_positions(position_ids), None
+    if embed_positions is not None:
+        return embeddings + embed_positions(position_ids), None
+    return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
 
 
 def sinusoidal_encoding(positions, dim: int, temperature: float = 10000.0):

@@ -8,6 +8,7 @@ B batch, C channels, H and W height and width of the image or of a feature map
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import initialization as init
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.utils import cached_file
 
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -64,6 +65,11 @@ class FrozenBatchNorm(nn.Module):
     """Batch norm (Ioffe and Szegedy 2015) with statistics and factors that do not change: one factor and one summand
     per channel, which the convolution before it takes into its own weights."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
@@ -104,7 +110,7 @@ class ResNetConvolution(nn.Conv2d):
         padding = dilation * (kernel_size // 2)
         super().__init__(num_inputs, num_channels, kernel_size, stride, padding, dilation, bias=False)
 
-    def forward(self, images, norm):
+    def forward(self, images, norm):  # type: ignore[override]  # the norm that follows is part of the convolution
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         if not isinstance(norm, FrozenBatchNorm):
             return norm(super().forward(images))
@@ -290,7 +296,7 @@ def _renamings(names: dict[str, str]) -> list[WeightRenaming]:
     return [WeightRenaming(old, new) for old, new in names.items()]
 
 
-def rename(key: str, renamings: list[WeightRenaming]) -> str:
+def rename(key: str, renamings: Sequence[WeightTransform]) -> str:
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key
@@ -375,9 +381,10 @@ def _read_weights(source: str | Path) -> dict[str, torch.Tensor]:
             found = [cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names]
         except OSError as error:
             raise ValueError(f"{source} is no file, and no folder or repository that can be read: {error}") from error
-        path = next((Path(name) for name in found if name is not None), None)
-        if path is None:
+        there = [Path(name) for name in found if name is not None]
+        if not there:
             raise ValueError(f"{source} has neither {' nor '.join(names)}: name a file of weights")
+        path = there[0]
     if path.suffix == ".safetensors":
         return load_file(path)
     try:

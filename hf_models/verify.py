@@ -22,13 +22,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .zoo import ZOO
@@ -102,7 +103,7 @@ def load_verified(
         if config is not None:
             config.dtype = dtype or model.dtype
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
-    return model.to(device=device, dtype=dtype).eval()
+    return nn.Module.to(model, device=device, dtype=dtype).eval()
 
 
 def _fetch(
@@ -238,7 +239,7 @@ def _refuse_others(folder: Path, sums: dict[str, str]) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[BufferedReader]:
     """A regular file, and no pipe or device, at which a reader could wait for ever."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -352,7 +353,7 @@ class WeightFile(NamedTuple):
     """An open file of weights of which the header was read."""
 
     path: Path
-    file: BinaryIO
+    file: BufferedReader
     digest: Any  # hashlib's, of the bytes read so far
     entries: dict[str, Entry]  # as they lie in the file
 
@@ -481,7 +482,7 @@ def _read_weights(weights: WeightFile, expected: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (dtype, shape) in entries.items():
         tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-        room = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        room = tensors[name].reshape(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(room), CHUNK):
             chunk = room[begin : begin + CHUNK]
             if file.readinto(chunk) != len(chunk):

@@ -89,7 +89,7 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         "AutoBackbone": "vit.ZooViTBackbone",
     }
     _auto_class = "AutoConfig"
-    stock_model_types = ("vit", "vit_mae")
+    stock_model_types: ClassVar[tuple[str, ...]] = ("vit", "vit_mae")
 
     num_hidden_layers: int = 12
     image_size: int | list[int] | tuple[int, ...] = 224
@@ -152,6 +152,12 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         return grid_of(self.image_size, self.patch_size)
 
     @property
+    def patch_side(self) -> int:
+        """Side of a patch in pixels: `patch_size`, once `__post_init__` has made one number of a pair."""
+        assert isinstance(self.patch_size, int)
+        return self.patch_size
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches."""
         return (self.pooling != "mean") + self.num_register_tokens
@@ -159,15 +165,16 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
     def check_images(self):
         """Raises a `ValueError` unless an image divides into patches."""
         size = [self.image_size] if isinstance(self.image_size, int) else self.image_size
-        if len(size) > 2 or self.patch_size < 1 or any(side < 1 or side % self.patch_size for side in size):
+        if len(size) > 2 or self.patch_side < 1 or any(side < 1 or side % self.patch_side for side in size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: change one of them"
             )
 
     def validate_images(self):
         """Checks that image, patch and positions fit."""
+        assert self.position_grid is not None  # `__post_init__` fills it in
         self.check_images()
-        if self.patch_size % 2 ** len(self.stem_channels):
+        if self.patch_side % 2 ** len(self.stem_channels):
             raise ValueError(
                 f"patch_size {self.patch_size} is not a multiple of the {2 ** len(self.stem_channels)} pixels that "
                 f"stem_channels {self.stem_channels} make one"
@@ -186,11 +193,12 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
 
 
 class ZooViTPreTrainedModel(TransformerModel):
+    config: ZooViTConfig
     config_class = ZooViTConfig
     _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _input_embed_layer = "patch_embed"
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"\bmask_token$"]  # of MAE and of masked image models
 
@@ -369,7 +377,7 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
     def __init__(self, config: ZooViTConfig):
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
-        self.stride = config.patch_size  # pixels from one cell of a feature map to the next
+        self.stride = config.patch_side  # pixels from one cell of a feature map to the next
         self.vit = ZooViTModel(config, add_pooling_layer=False)
         self.post_init()
 
@@ -441,7 +449,7 @@ class Unchanged(ConversionOps):
 
 
 # Stock ViT key names, both ways.
-VIT_RENAMINGS = [
+VIT_RENAMINGS: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(r"embeddings\.cls_token", r"tokens\.cls"),
     WeightRenaming(r"embeddings\.patch_embeddings\.projection\.", r"patch_embed\.projection\."),
     WeightRenaming(r"(?<!\w)encoder\.layer\.", r"(?<!decoder\.)(?<!\w)layers\."),

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .base import ZooConfig
 from .bert import ZooBertConfig, ZooBertForPreTraining
 from .detr import ZooDetrConfig, ZooDetrForObjectDetection
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
@@ -27,7 +28,7 @@ class ZooEntry(NamedTuple):
     """One named size: the class it builds by default, its config, and the paper that describes it."""
 
     model_class: type[PreTrainedModel]
-    config_class: type[PreTrainedConfig]
+    config_class: type[ZooConfig]
     options: dict
     paper: str
 
