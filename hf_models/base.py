@@ -148,7 +148,7 @@ class ZooModel(PreTrainedModel):
                 raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves as transformers does, but under this package's key names; `to_stock().save_pretrained` writes stock's."""
+        """Saves under this package's key names, and else as transformers does; `to_stock()` saves under stock's."""
         return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:

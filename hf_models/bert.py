@@ -41,7 +41,7 @@ from .positions import encode_positions
 from .question_answering import answer_question
 
 # isort: split
-# transformers downloads only the files that this one names; those above import these, too.
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
 from .attention import MultiHeadAttention  # noqa: F401
 from .projections import ResidualLinear  # noqa: F401
 

@@ -57,7 +57,7 @@ from .resnet import (
 from .vit import ZooViTBackbone, ZooViTConfig
 
 # isort: split
-# transformers downloads only the files that this one names; those above import these, too.
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
 from .attention import MultiHeadAttention  # noqa: F401
 from .losses import as_divisor  # noqa: F401
 from .packing import FirstToken  # noqa: F401

@@ -24,14 +24,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MultiHeadAttention
 from .layers import TransformerStack, make_norm
 from .losses import as_divisor
 from .patches import PatchPositions, fit_channels
 from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
 
 # isort: split
-# transformers downloads only the files that this one names; those above import these, too.
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
+from .attention import MultiHeadAttention  # noqa: F401
 from .base import TransformerModel  # noqa: F401
 from .packing import FirstToken  # noqa: F401
 from .positions import rotary_angles  # noqa: F401
@@ -159,12 +159,9 @@ class MAEDecoder(nn.Module):
         self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, sizes.hidden_size))
         self.positions = PatchPositions(sizes)
-        self.layers = TransformerStack(sizes, sizes.num_hidden_layers)
+        self.layers = TransformerStack(sizes, sizes.num_hidden_layers, backend_config=config)
         self.norm = make_norm(sizes)
         self.head = nn.Linear(sizes.hidden_size, config.patch_side**2 * config.num_channels)
-        for module in self.layers.modules():
-            if isinstance(module, MultiHeadAttention):
-                module.config = config  # where the backend is set
 
     def initialise(self, config):
         init.normal_(self.mask_token, std=config.initializer_range)

@@ -37,7 +37,7 @@ from .patches import (
 )
 
 # isort: split
-# transformers downloads only the files that this one names; those above import these, too.
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
 from .attention import MultiHeadAttention  # noqa: F401
 from .positions import rotary_angles  # noqa: F401
 from .projections import ResidualLinear  # noqa: F401
