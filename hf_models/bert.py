@@ -512,7 +512,7 @@ class ZooBertForTokenClassification(ZooBertPreTrainedModel):
 
 
 class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
-    """BERT that scores every token as the first and as the last token of an answer (Devlin et al. 2019, section 4.2)."""
+    """BERT that scores every token as the first and as the last of an answer (Devlin et al. 2019, section 4.2)."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
