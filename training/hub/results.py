@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from hf_models.verify import write_checksums
-from training.draw import curves
+from training.figures import curves
 from training.hub.card import public_name, public_path, write_card
 from training.hub.publish import push
 from training.hub.snapshots import MAX_SHARD_SIZE, WEIGHTS

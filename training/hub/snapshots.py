@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_models
-from training.draw import curves
+from training.figures import curves
 from training.hub.card import read_results
 from training.run.arguments import one_line
 from training.run.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
