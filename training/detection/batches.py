@@ -10,8 +10,7 @@ the largest of the global batch needs, so that micro-batches, processes and resu
 Dimensions: B images, C channels, H and W of the batch, h and w of an image in it, n boxes, G groups for denoising.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hf_models.matching import count_items
+from training.data.prefetch import Prefetcher
 from training.detection.read import DetectionRows
-from training.images.augment import blend, grey, rectangles
-from training.images.rows import MAX_PREFETCHED
+from training.images.augment import jitter_colours, rectangles
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
 NUM_CROPS = 8  # to choose from, in search of one with a box
@@ -164,12 +163,7 @@ class DetectionTransform:
         """
         images = pixels.float()
         if colour is not None:
-            brightness, contrast, saturation = colour[..., None, None, None].unbind(1)
-            images = blend(0, images, brightness)
-            total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
-            mean = (total / mask.sum((1, 2), dtype=torch.int32)[:, None, None, None] + 0.5).floor()
-            images = blend(mean, images, contrast)
-            images = blend(grey(images), images, saturation)
+            images = jitter_colours(images, colour, mask.sum((1, 2), dtype=torch.int32)[:, None, None, None])
         if self._mean.device != pixels.device:
             self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return ((images - self._mean) / self._std).masked_fill(~mask[:, None], 0.0)
@@ -203,15 +197,15 @@ class DetectionBatches:
 
     def __init__(self, rows: DetectionRows, transform: DetectionTransform, max_steps: int, config):
         self.rows, self.transform, self.max_steps, self.config = rows, transform, max_steps, config
-        self.ahead = Ahead()
+        self.ahead = Prefetcher()
 
     def batch(self, step: int, positions: range) -> dict[str, Any]:
         """pixel_values uint8 (B, C, H, W), zero where pixel_mask (B, H, W), bool, is False; labels: for each image
         class_labels (n,) int64, boxes (n, 4) float32, centre x and y, width and height as fractions of the image,
         image_id, and noise (G, n, 5) where the model denoises; colour (B, 3) where colours are changed."""
-        batch = self.ahead.take(self._load, step, positions)
+        batch = self.ahead.take((step, positions), self._load, step, positions)
         if step + 1 < self.max_steps:
-            self.ahead.begin(self._load, step + 1, positions)
+            self.ahead.begin((step + 1, positions), self._load, step + 1, positions)
         return batch
 
     def _load(self, step: int, positions: range) -> dict[str, Any]:
@@ -265,29 +259,9 @@ def evaluation_batches(
         used, _, batch = transform.load(rows, parts[number], None)
         return used, batch
 
-    ahead = Ahead()
+    ahead = Prefetcher()
     for number in range(len(parts)):
-        batch = ahead.take(load, number)
+        batch = ahead.take(number, load, number)
         if number + 1 < len(parts):
-            ahead.begin(load, number + 1)
+            ahead.begin(number + 1, load, number + 1)
         yield batch
-
-
-class Ahead:
-    """Calls made in the background, one after the other, before anybody asks for what they return."""
-
-    def __init__(self):
-        self._thread: ThreadPoolExecutor | None = None
-        self._begun: dict[tuple, Future] = {}
-
-    def begin(self, function: Callable, *arguments) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1)
-        while len(self._begun) >= MAX_PREFETCHED:  # that nobody came for
-            self._begun.pop(next(iter(self._begun))).cancel()
-        if arguments not in self._begun:
-            self._begun[arguments] = self._thread.submit(function, *arguments)
-
-    def take(self, function: Callable, *arguments) -> Any:
-        begun = self._begun.pop(arguments, None)
-        return function(*arguments) if begun is None else begun.result()

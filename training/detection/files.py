@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from training.data.documents import split_of
+from training.data.sources import split_of
 from training.images.files import IMAGE_SUFFIXES, Files, StoredImages
 
 

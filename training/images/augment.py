@@ -190,10 +190,7 @@ class Augmentation:
         if "colour" in draws or "operations" in draws:
             pixels = pixels.float()
         if "colour" in draws:
-            brightness, contrast, saturation = draws["colour"][..., None, None, None].unbind(1)
-            pixels = blend(0, pixels, brightness)
-            pixels = blend(mean_grey(pixels), pixels, contrast)
-            pixels = blend(grey(pixels), pixels, saturation)
+            pixels = jitter_colours(pixels, draws["colour"])
         for number in range(self.rand_augment_ops):
             pixels = operate(pixels, draws["operations"][:, number], draws["parameters"][:, number])
         images = self.normalize(pixels)
@@ -313,10 +310,24 @@ def grey(images: Tensor) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
 
 
-def mean_grey(images: Tensor) -> Tensor:
-    """(B, 1, 1, 1): the mean luminance, rounded."""
+def mean_grey(images: Tensor, num_pixels: Tensor | None = None) -> Tensor:
+    """(B, 1, 1, 1): the mean luminance, rounded. num_pixels: (B, 1, 1, 1), where the rest of an image is 0."""
     total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
-    return (total / images[0, 0].numel() + 0.5).floor()
+    return (total / (images[0, 0].numel() if num_pixels is None else num_pixels) + 0.5).floor()
+
+
+def jitter_colours(images: Tensor, factors: Tensor, num_pixels: Tensor | None = None) -> Tensor:
+    """Changes brightness, contrast and saturation of images (B, C, H, W), in this order.
+
+    Args:
+        images: from 0 to 255.
+        factors: (B, 3), what the three are multiplied by.
+        num_pixels: see `mean_grey`.
+    """
+    brightness, contrast, saturation = factors[..., None, None, None].unbind(1)
+    images = blend(0, images, brightness)
+    images = blend(mean_grey(images, num_pixels), images, contrast)
+    return blend(grey(images), images, saturation)
 
 
 def smooth(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data.documents import split_of
+from training.data.sources import split_of
 from training.data.tables import Table
 from training.images.decoding import is_bad_image
 

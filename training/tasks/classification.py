@@ -7,7 +7,6 @@ answers = task.answers(task.train[:8], rows[:8], predictions)
 task.measure(task.train[:8], answers)  # {"accuracy": ..., "f1": ...}
 """
 
-import hashlib
 import json
 import math
 import textwrap
@@ -18,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from training.data.documents import Corpus, Documents, fingerprint_of
+from training.data.documents import Corpus, Documents
+from training.data.fingerprints import digest_of, fingerprint_of
+from training.data.holdout import hold_out, key_of
 from training.data.tables import Table
 from training.metrics import Classification, Entities, Regression, entities, load_metric
 from training.text.tokens import IGNORED_LABEL
@@ -72,7 +73,7 @@ class Task(ABC):
         if validation is not None:
             self.validation = self.examples(validation, "validation")
         else:
-            self.train, self.validation = hold_out(self.train, self.key, validation_fraction, train.parts[0][0])
+            self.train, self.validation = split_examples(self.train, self.key, validation_fraction, train.parts[0][0])
         self.fingerprint = fingerprint_of(
             type(self).__name__, self.label_names, *(_digest(split) for split in (self.train, self.validation))
         )
@@ -385,25 +386,21 @@ def _spell(label) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ splits
 
 
-def hold_out(
+def split_examples(
     examples: list[dict], key: Callable[[dict], Any], fraction: float, source: str
 ) -> tuple[list[dict], list[dict]]:
     """Examples to train on and to validate on: those whose keys have the smallest sha256, so that neither the order of
     the file nor duplicates matter. Raises ValueError if nothing would be left on one side."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {fraction}")
-    digests = [_digest([key(example)]) for example in examples]
-    last = sorted(digests)[max(1, round(fraction * len(digests))) - 1]
+    is_held_out = hold_out([key_of(bytes.fromhex(_digest([key(example)]))) for example in examples], fraction)
     parts = [], []
-    for digest, example in zip(digests, examples, strict=True):
-        parts[digest <= last].append(example)
+    for example, chosen in zip(examples, is_held_out.tolist(), strict=True):
+        parts[chosen].append(example)
     if not parts[0]:
         raise ValueError(f"{source}: too few different rows to hold any out; give --validation_data")
     return parts
 
 
 def _digest(values: Iterable) -> str:
-    total = hashlib.sha256()
-    for value in values:
-        total.update(json.dumps(value, sort_keys=True).encode())
-    return total.hexdigest()
+    return digest_of(json.dumps(value, sort_keys=True).encode() for value in values)
