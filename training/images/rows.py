@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.images import decoding
+from training.run.seeds import generator
 
 MAX_PREFETCHED = 64  # batches; older ones that nobody came for are dropped
 
@@ -105,7 +106,7 @@ class ImageRows(ABC):
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(count)
+    return generator(*seed).permutation(count)
 
 
 def _request(indices, boxes, size) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -39,6 +38,7 @@ from training.run.processes import (
     sum_over_processes,
 )
 from training.run.resume import compare_with_best, resume, return_to_best
+from training.run.seeds import seed_from
 
 
 class TrainingData(Protocol):
@@ -81,12 +81,6 @@ def open_run(args: RunArguments):
         except OSError as error:
             print_error(one_line(error))
             raise SystemExit(2) from None
-
-
-def seed_from(*numbers: int) -> int:
-    """A seed that depends on all the numbers, the same on every machine."""
-    numbers = (len(numbers), *numbers)  # or (1, 2) and (1, 2, 0) would be one
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any) -> dict:

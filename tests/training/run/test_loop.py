@@ -21,8 +21,9 @@ from training.hub.results import MetricsLog
 from training.run import loop, resume
 from training.run.arguments import RunArguments
 from training.run.checkpoint import Checkpoints
-from training.run.loop import count, identify, move, seed_from, train
+from training.run.loop import count, identify, move, train
 from training.run.processes import fastest_attention, keep_inputs, micro_batches, speed_up_cpu_matmul
+from training.run.seeds import seed_from
 
 FIFTY = {"max_steps": 50, "log_every": 1, "eval_every": 0, "save_every": 0, "ema_decay": 0.0}
 
