@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from training.data.documents import Corpus, Documents, fingerprint_of
-from training.run.files import write_atomic
+from training.run.folder import write_atomic
 from training.run.processes import is_local_main_process
 from training.run.seeds import generator
 from training.text.tokenizer import encode_documents, tokenizer_fingerprint
