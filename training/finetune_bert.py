@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.hub.results import finish
-from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import RunArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.tasks.classification import Task
 from training.tasks.labelled import LabelledRows, Validation, weigh_classes
 from training.tasks.models import create_task_model, create_tokenizer
@@ -122,9 +123,7 @@ def choose_monitor(args: FineTuningArguments, task: Task) -> str:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(FineTuningArguments)
-    with open_run(args) as accelerator:
+    with open_run(FineTuningArguments) as (args, accelerator):
         with user_errors():
             names = ("stride", "max_answer_tokens", "null_threshold") if args.task == "qa" else ()
             options = {name: getattr(args, name) for name in names}
@@ -170,9 +169,7 @@ def main():
                 monitor=monitor,
                 **options,
             )
-        model, results = train(
-            args, accelerator, model, data, validation.measure, identity, unit="examples", monitor=monitor
-        )
+        model, results = train(args, accelerator, model, data, validation, identity, unit="examples", monitor=monitor)
         source = {"source": task.source, "fingerprint": task.fingerprint, "licence": task.license}
         finish(args, accelerator, model, tokenizer, results, task=task.pipeline, data=source)
 

@@ -19,8 +19,9 @@ from training.data.documents import read_documents
 from training.hub.results import finish
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
-from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import TextArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import on_main_process, take_turns
 from training.text.guesses import count_correct, guess_words, pseudo_perplexity
 from training.text.masking import MaskedRows, masked_evaluation_rows
@@ -127,9 +128,7 @@ class Validation:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(BertArguments)
-    with open_run(args) as accelerator:
+    with open_run(BertArguments) as (args, accelerator):
         with user_errors():
             corpus = read_documents(
                 args.data,
@@ -176,9 +175,9 @@ def main():
                 **args.masking,
             )
         data = BertData(rows, args.global_batch_size, tokenizer.pad_token_id)
-        measure, monitor = validation.measure, "eval_loss" if args.patience else None
+        monitor = "eval_loss" if args.patience else None
         model, results = train(
-            args, accelerator, model, data, measure, identity, unit="tokens", row_length=size, monitor=monitor
+            args, accelerator, model, data, validation, identity, unit="tokens", row_length=size, monitor=monitor
         )
         results |= validation.look_closer(model)
         accelerator.print(f"pseudo-perplexity {results['eval_pseudo_perplexity']:.2f}\n{results['sample']}")

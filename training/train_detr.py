@@ -25,8 +25,9 @@ from training.detection.validation import DetectionValidation
 from training.hub.results import finish
 from training.images.batches import channel_statistics
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
-from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import RunArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # minutes on two CPU cores
@@ -180,9 +181,7 @@ def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[li
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(DetrArguments)
-    with open_run(args) as accelerator:
+    with open_run(DetrArguments) as (args, accelerator):
         with user_errors():
             start = starting_config(args.model, ZooDetrForObjectDetection)
             images = read_data(args, args.num_channels or (start.num_channels if args.backbone_is_trained else None))
@@ -224,7 +223,7 @@ def main():
             accelerator,
             model,
             data,
-            validation.measure,
+            validation,
             identity,
             unit="images",
             monitor="eval_map" if args.patience else None,

@@ -29,8 +29,9 @@ from training.models import (
     normalisation_of,
     starting_config,
 )
-from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import RunArguments, one_line, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # under three minutes on two CPU cores
@@ -122,9 +123,7 @@ def read_data(args: ViTArguments, num_channels: int | None) -> ImageData:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(ViTArguments)
-    with open_run(args) as accelerator:
+    with open_run(ViTArguments) as (args, accelerator):
         with user_errors():
             is_mae = args.objective == "mae"
             model_class = hf_models.ZooViTMAEForPreTraining if is_mae else hf_models.ZooViTForImageClassification
@@ -186,7 +185,7 @@ def main():
             accelerator,
             model,
             data,
-            validation.measure,
+            validation,
             identity,
             unit="images",
             monitor=("eval_loss" if is_mae else "eval_accuracy") if args.patience else None,

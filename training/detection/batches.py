@@ -22,6 +22,7 @@ from hf_models.matching import count_items
 from training.data.prefetch import Prefetcher
 from training.detection.read import DetectionRows
 from training.images.augment import jitter_colours, rectangles
+from training.run.seeds import generator
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
 NUM_CROPS = 8  # to choose from, in search of one with a box
@@ -81,13 +82,13 @@ class DetectionTransform:
 
     def draw_scale(self, step: int) -> float:
         """What `shortest_edge` is multiplied by in this step."""
-        uniform = np.random.default_rng([self.seed, step, STREAMS["scale"]]).random()
+        uniform = generator(self.seed, step, STREAMS["scale"]).random()
         return 1 - self.scale_jitter * uniform
 
     def draw(self, step: int, position: int) -> np.ndarray:
         """Uniform numbers for everything else that is random about an image: as many for every image, so that no
         option changes what another one draws."""
-        return np.random.default_rng([self.seed, step, position, STREAMS["image"]]).random(5 + 4 * NUM_CROPS)
+        return generator(self.seed, step, position, STREAMS["image"]).random(5 + 4 * NUM_CROPS)
 
     def size(self, height: float, width: float, scale: float = 1.0) -> tuple[int, int]:
         """Height and width to which an image, or a part of one, is resized: never less than a pixel."""
@@ -224,7 +225,7 @@ class DetectionBatches:
         if self.config.num_denoising_groups:
             for position, label in zip(positions, batch["labels"], strict=True):
                 shape = (self.config.num_denoising_groups, len(label["boxes"]), 5)
-                random = np.random.default_rng([transform.seed, step, position, STREAMS["noise"]])
+                random = generator(transform.seed, step, position, STREAMS["noise"])
                 label["noise"] = torch.from_numpy(random.random(shape, dtype=np.float32))
         if transform.color_jitter:
             batch["colour"] = torch.from_numpy(np.stack([place.colour for place in placed])).float()

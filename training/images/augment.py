@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.run.seeds import uniform_rows
+
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "solarize", "posterize"),
     *("color", "contrast", "brightness", "sharpness"),
@@ -124,9 +126,7 @@ class Augmentation:
 
         def uniforms(name: str, count: int, positions: range = positions) -> np.ndarray:
             """(count, B) numbers from 0 to 1, the same whatever the other positions."""
-            generator = np.random.PCG64([self.seed, step, STREAMS[name]])
-            generator.advance(positions.start * count)  # each number takes one step of the generator
-            return np.random.Generator(generator).random((len(positions), count)).T
+            return uniform_rows(positions, count, self.seed, step, STREAMS[name]).T
 
         draws = {}
         if self.crop_scale is not None:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from training.data.prefetch import Prefetcher
 from training.images import decoding
+from training.run.seeds import generator
 
 
 class BadImages(OSError, ValueError):
@@ -97,7 +98,7 @@ class ImageRows(ABC):
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(count)
+    return generator(*seed).permutation(count)
 
 
 def _request(indices, boxes, size) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:

@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training.run.loop import seed_from
 from training.run.processes import on_main_process, take_turns
+from training.run.seeds import generator, seed_from
 from training.tasks.classification import Task
 from training.text.tokens import IGNORED_LABEL
 
@@ -66,8 +66,7 @@ class LabelledRows:
     def row(self, sample: int) -> dict:
         epoch, place = divmod(sample, len(self.rows))
         if epoch != self.epoch:
-            generator = np.random.default_rng(seed_from(self.seed, epoch))
-            self.epoch, self.order = epoch, generator.permutation(len(self.rows))
+            self.epoch, self.order = epoch, generator(seed_from(self.seed, epoch)).permutation(len(self.rows))
         return self.rows[self.order[place]]
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:

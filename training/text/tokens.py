@@ -26,7 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 from training.data.documents import Corpus, Documents
 from training.data.fingerprints import fingerprint_of
-from training.run.files import file_record, write_atomic
+from training.run.folder import file_record, write_atomic
+from training.run.processes import is_local_main_process
+from training.run.seeds import generator
 from training.text.tokenizer import encode_documents, tokenizer_fingerprint
 
 IGNORED_LABEL = -100
@@ -124,10 +126,6 @@ def token_type(tokenizer: PreTrainedTokenizerFast) -> str:
     return "uint16" if len(tokenizer) <= 2**16 else "uint32"
 
 
-def is_local_main_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 # --------------------------------------------------------------------------------------------------------- rows
 
 
@@ -168,7 +166,7 @@ class TokenRows:
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch, *self._shard]))
+        random = generator(self.seed, epoch, *self._shard)
         return int(random.integers(self._num_offsets)), random.permutation(self.num_rows)
 
     def rows(self, first: int, count: int) -> dict[str, torch.Tensor]:
