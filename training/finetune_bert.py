@@ -53,13 +53,15 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     class_weights: str | None = option(None, "'balanced', or how much each class counts: '1,4'", "task")
     unanswerable: bool = option(False, "qa: some questions have no answer, as in SQuAD v2", "task")
     stride: int | None = option(None, "qa: tokens that windows share; None: a third of max_length", "task")
-    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task")
+    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task", at_least=1)
     null_threshold: float | None = option(
         None, "qa: how far 'no answer' has to score above the best span to be the answer; None: 0", "task"
     )
     # As Devlin et al. warm up (run_classifier.py, warmup_proportion).
-    warmup_steps: int | None = option(None, "steps of linear warm-up; None: a tenth of all steps", "optimization")
-    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task")
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up; None: a tenth of all steps", "optimization", at_least=0
+    )
+    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task", above=0)
     monitor: str | None = option(
         None, "measure that decides which weights are best; None: the data set's or the task's usual one", "task"
     )
@@ -69,7 +71,7 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     )
     vocab_size: int = option(8192, "most tokens of a tokenizer made from the data", "model")
     max_length: int | None = option(None, "longest text in tokens, or window of qa; None: 128, for qa 384", "model")
-    eval_batch_size: int = option(32, "rows of an evaluation batch", "model")
+    eval_batch_size: int = option(32, "rows of an evaluation batch", "model", at_least=1)
 
     def __post_init__(self):
         max_steps = self.max_steps
@@ -81,12 +83,8 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
             raise ValueError("say what to learn: --task classify, pair, regress, tag or qa")
         if self.max_length is None:
             self.max_length = 384 if self.task == "qa" else 128
-        least_length = 24 if self.task == "qa" else 8
-        for name, least in {"max_length": least_length, "eval_batch_size": 1, "max_answer_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be above 0, not {self.epochs}")
+        if self.max_length < (least := 24 if self.task == "qa" else 8):
+            raise ValueError(f"max_length must be at least {least}, not {self.max_length}")
         for name in ("class_weights", "label_names"):
             if getattr(self, name) is not None and self.task in ("regress", "qa"):
                 raise ValueError(f"{name}: --task {self.task} has no classes")

@@ -45,19 +45,13 @@ QUICKSTART = {  # 13 minutes of processor time
 
 @dataclass
 class BertArguments(with_defaults(TextArguments, **QUICKSTART)):
-    row_length: int = option(128, "tokens of a row", "text")
+    row_length: int = option(128, "tokens of a row", "text", at_least=16)
     next_sentence: bool = option(True, "also tell whether the second half of a sequence follows the first", "text")
-    mask_probability: float = option(0.15, "part of the tokens to predict", "text")
+    mask_probability: float = option(0.15, "part of the tokens to predict", "text", above=0, below=1)
     whole_words: bool = option(False, "mask all pieces of a word together", "text")
-    scored_rows: int = option(4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"row_length": 16, "scored_rows": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not 0 < self.mask_probability < 1:
-            raise ValueError(f"mask_probability must lie between 0 and 1, not {self.mask_probability}")
+    scored_rows: int = option(
+        4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text", at_least=1
+    )
 
     @property
     def masking(self) -> dict[str, Any]:

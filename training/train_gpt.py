@@ -41,16 +41,10 @@ QUICKSTART = {  # a few minutes on two CPU cores
 
 @dataclass
 class GPTArguments(with_defaults(TextArguments, **QUICKSTART)):
-    context_length: int = option(128, "tokens of a row", "text")
+    context_length: int = option(128, "tokens of a row", "text", at_least=2)
     within_document: bool = option(False, "keep attention within each document", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
-    sample_tokens: int = option(120, "tokens of the sample", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"context_length": 2, "sample_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+    sample_tokens: int = option(120, "tokens of the sample", "text", at_least=1)
 
 
 class GPTData:
