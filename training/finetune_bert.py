@@ -25,10 +25,11 @@ from training.hub.results import finish
 from training.run.arguments import RunArguments, option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train
-from training.tasks.classification import Task
-from training.tasks.labelled import LabelledRows, Validation, weigh_classes
+from training.tasks.batches import TaskBatches, weigh_classes
 from training.tasks.models import create_task_model, create_tokenizer
 from training.tasks.read import read_task
+from training.tasks.task import Task
+from training.tasks.validation import TaskValidation
 from training.text.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3
@@ -147,9 +148,9 @@ def main():
             )
             # An answer's places compete with the padding too, and the loss must not depend on who shares the batch.
             length = args.max_length if args.task == "qa" else None
-            data = LabelledRows(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
+            data = TaskBatches(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
             validation_rows = task.rows(task.validation, tokenizer, args.max_length, "validation")
-            validation = Validation(accelerator, task, validation_rows, data, args.eval_batch_size)
+            validation = TaskValidation(accelerator, task, validation_rows, data, args.eval_batch_size)
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(rows):,} rows to train on "
                 f"and {len(validation_rows):,} to validate on, from {task.source}"

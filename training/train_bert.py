@@ -23,11 +23,11 @@ from training.run.arguments import TextArguments, option, user_errors, with_defa
 from training.run.folder import identify, open_run
 from training.run.loop import train
 from training.run.processes import on_main_process, take_turns
-from training.text.guesses import count_correct, guess_words, pseudo_perplexity
 from training.text.masking import MaskedRows, masked_evaluation_rows
 from training.text.stream import StreamedTokens
 from training.text.tokenizer import make_tokenizer, tokenizer_fingerprint
 from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
+from training.text.validation import count_correct, guess_words, pseudo_perplexity
 
 QUICKSTART = {  # 13 minutes of processor time
     "model": "bert-modern-mini",

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 from PIL import Image
 
-from training.detection.files import Box, BoxSet
-from training.images.files import ImageSet, StoredImages, embedded_digits
+from training.detection.formats import Box, BoxSet
+from training.images.formats import ImageSet, StoredImages, embedded_digits
 from training.run.seeds import generator
 
 

@@ -18,7 +18,7 @@ from training.data.fingerprints import digest_of, fingerprint_of
 from training.data.sources import has_parquet, is_saved, load_hub, load_local, split_of
 from training.detection.canvases import embedded_canvases
 from training.detection.columns import BOX_FORMATS, read_objects
-from training.detection.files import (
+from training.detection.formats import (
     BoxSet,
     Splits,
     choose_splits,
@@ -30,7 +30,7 @@ from training.detection.files import (
     read_yolo,
 )
 from training.images import decoding
-from training.images.files import StoredImages, label_ids, unknown_label
+from training.images.formats import StoredImages, label_ids, unknown_label
 from training.images.read import choose_validation, look_at, overlap
 from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 

@@ -16,7 +16,7 @@ from training.data.fingerprints import digest_of, fingerprint_of
 from training.data.holdout import hold_out, key_of
 from training.data.sources import has_parquet, is_saved, load_hub, load_local
 from training.data.tables import read_tables
-from training.images.files import (
+from training.images.formats import (
     ArrayImages,
     ImageSet,
     Splits,

@@ -1,29 +1,30 @@
-"""Rows with labels: batches of them in the order of training, the measures over those that validate."""
+"""Batches of labelled rows in the order of the training.
+
+B rows of a batch, T tokens of its longest row
+"""
 
 import math
-from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training.run.processes import on_main_process, take_turns
 from training.run.seeds import generator, seed_from
-from training.tasks.classification import Task
 from training.text.tokens import IGNORED_LABEL
 
-# What a model is given of a row, and what fills it up to the longest row of the batch; the tokenizer's padding token
-# for input_ids. Numbers in place of arrays are not padded.
+# The parts of a row that a model is given, and what each is padded with; input_ids are padded with the tokenizer's
+# padding token, and single numbers are not padded.
 FILLERS = {"input_ids": None, "token_type_ids": 0, "labels": IGNORED_LABEL, "start_positions": 0, "end_positions": 0}
 
 
 def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, Tensor]:
-    """The tensors of a batch (B, T): the rows on the left, padding on the right, and the mask that tells them apart.
-    T is `length`, by default that of the longest row."""
+    """Pads rows on the right and stacks them to tensors (B, T), with the `attention_mask` of what is no padding.
+
+    Args:
+        length: T; None: the length of the longest row.
+    """
     batch = {}
     for name in FILLERS:
         if name not in rows[0]:
@@ -40,12 +41,12 @@ def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> d
     return batch
 
 
-class LabelledRows:
-    """The training rows: every epoch in a new order, a function of seed and epoch.
+class TaskBatches:
+    """Training rows as the loop asks for them. Every epoch has a new order, which depends on seed and epoch only.
 
     Args:
-        length: of a batch in tokens; None: that of its longest row.
-        class_weights: how much each class counts.
+        length: the length of every batch in tokens; None: the length of its longest row.
+        class_weights: how much each class counts in the loss; None: all the same.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class LabelledRows:
         self.epoch, self.order = -1, None
 
     def row(self, sample: int) -> dict:
-        epoch, place = divmod(sample, len(self.rows))
+        epoch, index = divmod(sample, len(self.rows))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, generator(seed_from(self.seed, epoch)).permutation(len(self.rows))
-        return self.rows[self.order[place]]
+        return self.rows[self.order[index]]
 
     def collate(self, rows: list[dict]) -> dict[str, Tensor]:
         return collate(rows, self.pad_token_id, self.length)
@@ -77,11 +78,11 @@ class LabelledRows:
         return self.collate([self.row(first + position) for position in positions])
 
     def num_items(self, batch):
-        """Labels, or the sum of their classes' weights; for question answering windows."""
+        """Counts what the loss is divided by: labels, or the weights of their classes, or windows of questions."""
         if "labels" not in batch:
             return len(batch["input_ids"])
         if batch["labels"].is_floating_point():
-            return len(batch["labels"])  # -100 is a number like any other
+            return len(batch["labels"])  # of a regression, where -100 is a number like any other
         labels = batch["labels"][batch["labels"] != IGNORED_LABEL]
         return len(labels) if self.class_weights is None else float(self.class_weights[labels].sum())
 
@@ -92,44 +93,16 @@ class LabelledRows:
         return {}
 
 
-class Validation:
-    """The task's measures over the whole validation part, and a few answers to read."""
-
-    def __init__(self, accelerator, task: Task, rows: list[dict], data: LabelledRows, batch_size: int):
-        self.accelerator, self.task, self.rows, self.data = accelerator, task, rows, data
-        self.batch_size = batch_size
-        self.order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))  # little padding
-
-    @torch.no_grad()
-    def measure(self, model) -> dict[str, Any]:
-        """Every process takes every n-th batch; the measures are computed once, over all rows together."""
-        device, size = self.accelerator.device, self.batch_size
-        batches = (self.order[first : first + size] for first in range(0, len(self.order), size))
-        found = []
-        for numbers, counts in take_turns(self.accelerator, batches):
-            batch = self.data.collate([self.rows[number] for number in numbers])
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = model(**inputs, num_items_in_batch=1)
-            if counts:
-                predictions = self.task.predictions(outputs, batch)
-                found.append((float(outputs.loss), self.data.num_items(batch), numbers, predictions))
-        found = gather_object(found)
-        return on_main_process(self.accelerator, lambda: self.results(found))
-
-    def results(self, found: list[tuple]) -> dict[str, Any]:
-        """The measures, from the loss, its normaliser, the rows and the predictions of every batch."""
-        losses, num_items, numbers, predictions = zip(*found, strict=True)
-        predicted = dict(zip(chain(*numbers), chain(*predictions), strict=True))
-        examples = self.task.validation
-        answers = self.task.answers(examples, self.rows, [predicted[number] for number in range(len(self.rows))])
-        measures = {"loss": math.fsum(losses) / (sum(num_items) or 1), **self.task.measure(examples, answers)}
-        sample = [self.task.show(example, answer) for example, answer in zip(examples, answers, strict=True)][:3]
-        return {**{f"eval_{name}": value for name, value in measures.items()}, "sample": "\n".join(sample)}
-
-
 def weigh_classes(spelled: str | None, label_names: list[str], rows: list[dict]) -> list[float] | None:
-    """How much each class counts, from numbers like "1,4"; "balanced": in inverse proportion to its share of the
-    labels, so that the labels count 1 on average. A class without a label counts 1 too."""
+    """Reads how much each class counts.
+
+    Args:
+        spelled: numbers like "1,4"; or "balanced": each class counts in inverse proportion to its share of the labels,
+            so that a label counts 1 on average, and a class without a label counts 1.
+
+    Raises:
+        ValueError: `spelled` is neither "balanced" nor one positive number for each class.
+    """
     if spelled is None:
         return None
     if spelled != "balanced":
