@@ -8,7 +8,6 @@ from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from tests.training import boxes as written
-from training.detection import batches as detection_batches
 from training.detection.batches import DetectionBatches, DetectionTransform, evaluation_batches
 from training.detection.read import read_detection
 
@@ -116,9 +115,6 @@ def test_the_next_step_is_loaded_in_the_background_and_none_behind_the_last(rows
     for step in range(3):
         data.batch(step, range(4))
     assert [step for step, _ in loaded] == [0, 1, 2]
-    for number in range(100):
-        data.ahead.begin(data.rows.aspects, number)
-    assert len(data.ahead._begun) <= detection_batches.MAX_PREFETCHED
 
 
 def test_denoising_noise_is_there_for_every_group_and_box(rows):

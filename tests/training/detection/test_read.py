@@ -14,7 +14,7 @@ from tests.training.pictures import picture
 from training.detection.canvases import digits_on_canvases, embedded_canvases
 from training.detection.read import read_detection
 from training.images import decoding
-from training.images.files import embedded_digits
+from training.images.formats import embedded_digits
 from training.images.rows import BadImages
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training.data.tables import read_tables
-from training.tasks.labelled import collate
+from training.tasks.batches import collate
 from training.tasks.read import BENCHMARKS, read_task
 from training.text.tokenizer import make_tokenizer
 from training.text.tokens import IGNORED_LABEL
