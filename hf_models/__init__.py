@@ -32,7 +32,7 @@ for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig,
             model_class = globals()[name.split(".")[1]]
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
 
-with contextlib.suppress(ImportError):  # the oldest transformers we support need torchvision for them
+with contextlib.suppress(ImportError):  # the oldest supported transformers needs torchvision for image processors
     for kind, *config_classes in (("ViT", ZooViTConfig, ZooViTMAEConfig), ("Detr", ZooDetrConfig)):
         image_processors = {"pil": getattr(transformers, f"{kind}ImageProcessorPil")}
         if is_torchvision_available():
