@@ -267,7 +267,7 @@ class MultiHeadAttention(nn.Module):
             key, value = (source_packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        beams, num_tokens = len(query) // len(key), query.shape[2]
+        beams, num_tokens = query.shape[0] // key.shape[0], query.shape[2]
         if beams > 1:  # beams of one input share its source, so they are stacked along T: (B, N, beams T, H)
             query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
             mask = mask if mask is None else mask[:, :, :1]

@@ -284,6 +284,11 @@ class TransformerConfig(ZooConfig):
             plan[f"{stack}.*.feed_forward.down_proj"] = "rowwise"
         return plan
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan):
+        """Does nothing. Before 5.21 transformers sets the plan, with an entry for tied embeddings that `TextConfig` has
+        anyway."""
+
     def derive_fields(self):
         super().derive_fields()
         if self.num_attention_heads < 1 or self.hidden_size < 1:
@@ -397,6 +402,14 @@ class TextConfig(TransformerConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        return {"embed_tokens": "embedding_rowwise", **super().base_model_tp_plan}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan):
+        """Does nothing, as in `TransformerConfig`."""
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

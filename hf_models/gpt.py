@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -94,6 +94,13 @@ class ZooGPTConfig(TextConfig):
                 raise ValueError(f"a GPT-2 config with {option} other than {supported} cannot be loaded as a ZooGPT")
         super().__post_init__(**kwargs)
 
+    def validate_source(self):
+        """Checks that a source's width is given only to a model that reads one."""
+        if self.source_size is not None and not self.add_cross_attention:
+            raise ValueError(f"source_size is {self.source_size}, but add_cross_attention is False: set it, too")
+        if self.source_size is not None and self.source_size < 1:
+            raise ValueError(f"source_size is {self.source_size}; it must be at least 1")
+
 
 UNSUPPORTED_STOCK_OPTIONS = {
     "scale_attn_weights": True,
@@ -117,6 +124,26 @@ class ZooGPTPreTrainedModel(TextModel):
             transformers.GPT2Config, norm_position="pre", position_embedding_type="learned", source_size=None
         )
         return getattr(transformers, self.stock_class_name), stock
+
+    def check_source(self, encoder_hidden_states, encoder_attention_mask, num_rows: int):
+        """Raises a `ValueError` unless this model can look at this source from that many rows of tokens."""
+        if encoder_hidden_states is None:
+            if encoder_attention_mask is not None:
+                raise ValueError("encoder_attention_mask says nothing without encoder_hidden_states: give both or none")
+            return
+        if not self.config.add_cross_attention:
+            raise ValueError("encoder_hidden_states needs a model with add_cross_attention=True in its config")
+        source_rows, _, width = encoder_hidden_states.shape
+        expected = self.config.source_size or self.config.hidden_size
+        if width != expected:
+            raise ValueError(
+                f"encoder_hidden_states has width {width}, but this model reads {expected}: set source_size"
+            )
+        if not is_tracing(encoder_hidden_states) and (not source_rows or num_rows % source_rows):
+            raise ValueError(
+                f"encoder_hidden_states has {source_rows} rows for {num_rows} rows of tokens: give a row for each, or "
+                "in generation one for each input"
+            )
 
 
 class ZooGPTModel(ZooGPTPreTrainedModel):
@@ -174,14 +201,15 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` was given; a position has no learned vector;
-                the backend does not compute the requested attention maps; a keyword argument is unknown; or a model
-                without cross-attention got encoder states.
+                the backend does not compute the requested attention maps; a keyword argument is unknown; or the encoder
+                states do not fit: the model has no cross-attention, their width or number of rows is another, or only
+                their mask was given.
         """
         cache = self.choose_cache(cache, past_key_values)
         self.check_keywords(kwargs)
-        if encoder_hidden_states is not None and not self.config.add_cross_attention:
-            raise ValueError("encoder_hidden_states needs a model with add_cross_attention=True in its config")
         self.check_inputs(input_ids, inputs_embeds, position_ids)
+        num_rows = (inputs_embeds if input_ids is None else input_ids).shape[0]
+        self.check_source(encoder_hidden_states, encoder_attention_mask, num_rows)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
@@ -207,7 +235,7 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
                 cache = with_source(cache, self.config)
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
-                inputs_embeds=inputs_embeds[: len(encoder_hidden_states)],
+                inputs_embeds=inputs_embeds[: encoder_hidden_states.shape[0]],
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )

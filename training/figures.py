@@ -6,7 +6,6 @@ for that. Images are (H, W, C) with values from 0 to 1; three channels are shown
 mean, in grey. Boxes are left, top, right and bottom as parts of the image.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 from matplotlib.patches import Rectangle
+
+from training.run.log import read_metrics
 
 GREY_TEXT = "0.35"
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -28,7 +29,7 @@ def curves(metrics_file: str | Path) -> Figure:
     A torn last line, left by a run that was killed while writing, is passed over. Raises ValueError if no line has a
     loss.
     """
-    lines = _read_lines(Path(metrics_file))
+    lines = read_metrics(metrics_file)
     score = "eval_map" if any("eval_map" in line for line in lines) else "eval_accuracy"
     names = ("loss", "learning_rate", "eval_loss", score)
     losses, rates, evaluations, scores = (_series(lines, key) for key in names)
@@ -419,18 +420,6 @@ def _color_bar(
 
 def _shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _read_lines(path: Path) -> list[dict]:
-    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    return lines
 
 
 def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:

@@ -22,12 +22,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.hub.results import finish
-from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
-from training.tasks.classification import Task
-from training.tasks.labelled import LabelledRows, Validation, weigh_classes
+from training.run.arguments import RunArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
+from training.tasks.batches import TaskBatches, weigh_classes
 from training.tasks.models import create_task_model, create_tokenizer
 from training.tasks.read import read_task
+from training.tasks.task import Task
+from training.tasks.validation import TaskValidation
 from training.text.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3
@@ -52,13 +54,15 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     class_weights: str | None = option(None, "'balanced', or how much each class counts: '1,4'", "task")
     unanswerable: bool = option(False, "qa: some questions have no answer, as in SQuAD v2", "task")
     stride: int | None = option(None, "qa: tokens that windows share; None: a third of max_length", "task")
-    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task")
+    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task", at_least=1)
     null_threshold: float | None = option(
         None, "qa: how far 'no answer' has to score above the best span to be the answer; None: 0", "task"
     )
     # As Devlin et al. warm up (run_classifier.py, warmup_proportion).
-    warmup_steps: int | None = option(None, "steps of linear warm-up; None: a tenth of all steps", "optimization")
-    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task")
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up; None: a tenth of all steps", "optimization", at_least=0
+    )
+    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task", above=0)
     monitor: str | None = option(
         None, "measure that decides which weights are best; None: the data set's or the task's usual one", "task"
     )
@@ -68,7 +72,7 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     )
     vocab_size: int = option(8192, "most tokens of a tokenizer made from the data", "model")
     max_length: int | None = option(None, "longest text in tokens, or window of qa; None: 128, for qa 384", "model")
-    eval_batch_size: int = option(32, "rows of an evaluation batch", "model")
+    eval_batch_size: int = option(32, "rows of an evaluation batch", "model", at_least=1)
 
     def __post_init__(self):
         max_steps = self.max_steps
@@ -80,12 +84,8 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
             raise ValueError("say what to learn: --task classify, pair, regress, tag or qa")
         if self.max_length is None:
             self.max_length = 384 if self.task == "qa" else 128
-        least_length = 24 if self.task == "qa" else 8
-        for name, least in {"max_length": least_length, "eval_batch_size": 1, "max_answer_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be above 0, not {self.epochs}")
+        if self.max_length < (least := 24 if self.task == "qa" else 8):
+            raise ValueError(f"max_length must be at least {least}, not {self.max_length}")
         for name in ("class_weights", "label_names"):
             if getattr(self, name) is not None and self.task in ("regress", "qa"):
                 raise ValueError(f"{name}: --task {self.task} has no classes")
@@ -122,9 +122,7 @@ def choose_monitor(args: FineTuningArguments, task: Task) -> str:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(FineTuningArguments)
-    with open_run(args) as accelerator:
+    with open_run(FineTuningArguments) as (args, accelerator):
         with user_errors():
             names = ("stride", "max_answer_tokens", "null_threshold") if args.task == "qa" else ()
             options = {name: getattr(args, name) for name in names}
@@ -150,9 +148,9 @@ def main():
             )
             # An answer's places compete with the padding too, and the loss must not depend on who shares the batch.
             length = args.max_length if args.task == "qa" else None
-            data = LabelledRows(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
+            data = TaskBatches(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
             validation_rows = task.rows(task.validation, tokenizer, args.max_length, "validation")
-            validation = Validation(accelerator, task, validation_rows, data, args.eval_batch_size)
+            validation = TaskValidation(accelerator, task, validation_rows, data, args.eval_batch_size)
             accelerator.print(
                 f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(rows):,} rows to train on "
                 f"and {len(validation_rows):,} to validate on, from {task.source}"
@@ -170,9 +168,7 @@ def main():
                 monitor=monitor,
                 **options,
             )
-        model, results = train(
-            args, accelerator, model, data, validation.measure, identity, unit="examples", monitor=monitor
-        )
+        model, results = train(args, accelerator, model, data, validation, identity, unit="examples", monitor=monitor)
         source = {"source": task.source, "fingerprint": task.fingerprint, "licence": task.license}
         finish(args, accelerator, model, tokenizer, results, task=task.pipeline, data=source)
 

@@ -1,6 +1,8 @@
 """The model that `--model` names: a fresh one of the zoo, or a checkpoint to start from."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -173,6 +175,20 @@ def create_image_model(
         if model_class is ZooViTForImageClassification:
             fields["problem_type"] = "single_label_classification"
     return load_or_create(name, model_class, device, config, fields, {}, new_head=label_names is not None)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turns off dropout and gradients in the block, and makes the model able to return attention maps."""
+    was_training, backend = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("eager")  # the backend that forms the maps
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(backend)
+        model.train(was_training)
 
 
 def read_image_processor(name: str) -> dict:

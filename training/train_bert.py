@@ -19,14 +19,15 @@ from training.data.documents import read_documents
 from training.hub.results import finish
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model
-from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import TextArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import on_main_process, take_turns
-from training.text.guesses import count_correct, guess_words, pseudo_perplexity
 from training.text.masking import MaskedRows, masked_evaluation_rows
 from training.text.stream import StreamedTokens
 from training.text.tokenizer import make_tokenizer, tokenizer_fingerprint
 from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
+from training.text.validation import count_correct, guess_words, pseudo_perplexity
 
 QUICKSTART = {  # 13 minutes of processor time
     "model": "bert-modern-mini",
@@ -44,19 +45,13 @@ QUICKSTART = {  # 13 minutes of processor time
 
 @dataclass
 class BertArguments(with_defaults(TextArguments, **QUICKSTART)):
-    row_length: int = option(128, "tokens of a row", "text")
+    row_length: int = option(128, "tokens of a row", "text", at_least=16)
     next_sentence: bool = option(True, "also tell whether the second half of a sequence follows the first", "text")
-    mask_probability: float = option(0.15, "part of the tokens to predict", "text")
+    mask_probability: float = option(0.15, "part of the tokens to predict", "text", above=0, below=1)
     whole_words: bool = option(False, "mask all pieces of a word together", "text")
-    scored_rows: int = option(4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"row_length": 16, "scored_rows": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not 0 < self.mask_probability < 1:
-            raise ValueError(f"mask_probability must lie between 0 and 1, not {self.mask_probability}")
+    scored_rows: int = option(
+        4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text", at_least=1
+    )
 
     @property
     def masking(self) -> dict[str, Any]:
@@ -127,9 +122,7 @@ class Validation:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(BertArguments)
-    with open_run(args) as accelerator:
+    with open_run(BertArguments) as (args, accelerator):
         with user_errors():
             corpus = read_documents(
                 args.data,
@@ -176,9 +169,9 @@ def main():
                 **args.masking,
             )
         data = BertData(rows, args.global_batch_size, tokenizer.pad_token_id)
-        measure, monitor = validation.measure, "eval_loss" if args.patience else None
+        monitor = "eval_loss" if args.patience else None
         model, results = train(
-            args, accelerator, model, data, measure, identity, unit="tokens", row_length=size, monitor=monitor
+            args, accelerator, model, data, validation, identity, unit="tokens", row_length=size, monitor=monitor
         )
         results |= validation.look_closer(model)
         accelerator.print(f"pseudo-perplexity {results['eval_pseudo_perplexity']:.2f}\n{results['sample']}")

@@ -25,8 +25,9 @@ from training.detection.validation import DetectionValidation
 from training.hub.results import finish
 from training.images.batches import channel_statistics
 from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
-from training.run.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import RunArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # minutes on two CPU cores
@@ -58,6 +59,7 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
         None,
         "peak rate of the backbone; 0: it does not train; None: learning_rate, a tenth of it for trained weights",
         "optimization",
+        at_least=0,
     )
 
     validation_data: str | None = option(
@@ -75,15 +77,17 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
         None,
         f"pixels of an image's shorter side; None: the checkpoint's, or as the images are, at most {MOST_PIXELS}",
         "images",
+        at_least=1,
     )
     longest_edge: int | None = option(
         None,
         "most pixels of the longer side; None: 5/3 of shortest_edge, or if that is None too the checkpoint's",
         "images",
+        at_least=1,
     )
     max_bad_images: float = option(0.01, "part of the images that may be missing or unreadable", "images")
-    num_workers: int = option(2, "processes of each trainer that decode image files", "images")
-    eval_batch_size: int = option(16, "images of an evaluation batch", "images")
+    num_workers: int = option(2, "processes of each trainer that decode image files", "images", at_least=0)
+    eval_batch_size: int = option(16, "images of an evaluation batch", "images", at_least=1)
 
     scale_jitter: float = option(0.0, "the shorter side loses up to this part of its pixels, by chance", "changes")
     crop: float = option(0.0, "probability of a random crop", "changes")
@@ -94,10 +98,6 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
 
     def __post_init__(self):
         super().__post_init__()
-        bounds = {"eval_batch_size": 1, "num_workers": 0, "backbone_learning_rate": 0}
-        for name, least in (bounds | {"shortest_edge": 1, "longest_edge": 1}).items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.layer_decay != 1:
             raise ValueError("layer_decay is for one stack of layers, which a DETR is not: see backbone_learning_rate")
 
@@ -180,9 +180,7 @@ def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[li
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(DetrArguments)
-    with open_run(args) as accelerator:
+    with open_run(DetrArguments) as (args, accelerator):
         with user_errors():
             start = starting_config(args.model, ZooDetrForObjectDetection)
             images = read_data(args, args.num_channels or (start.num_channels if args.backbone_is_trained else None))
@@ -224,7 +222,7 @@ def main():
             accelerator,
             model,
             data,
-            validation.measure,
+            validation,
             identity,
             unit="images",
             monitor="eval_map" if args.patience else None,

@@ -19,8 +19,9 @@ from training.data.documents import read_documents
 from training.hub.results import finish
 from training.metrics import LanguageModeling, load_metric
 from training.models import create_text_model
-from training.run.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import TextArguments, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import on_main_process, take_turns
 from training.text.stream import StreamedTokens
 from training.text.tokenizer import make_tokenizer, separator_id, tokenizer_fingerprint
@@ -40,16 +41,10 @@ QUICKSTART = {  # a few minutes on two CPU cores
 
 @dataclass
 class GPTArguments(with_defaults(TextArguments, **QUICKSTART)):
-    context_length: int = option(128, "tokens of a row", "text")
+    context_length: int = option(128, "tokens of a row", "text", at_least=2)
     within_document: bool = option(False, "keep attention within each document", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
-    sample_tokens: int = option(120, "tokens of the sample", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"context_length": 2, "sample_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+    sample_tokens: int = option(120, "tokens of the sample", "text", at_least=1)
 
 
 class GPTData:
@@ -118,9 +113,7 @@ class Validation:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(GPTArguments)
-    with open_run(args) as accelerator:
+    with open_run(GPTArguments) as (args, accelerator):
         with user_errors():
             corpus = read_documents(
                 args.data,
@@ -164,9 +157,7 @@ def main():
             )
         data = GPTData(rows, args.global_batch_size)
         monitor = "eval_loss" if args.patience else None  # without patience the last weights are the result
-        model, results = train(
-            args, accelerator, model, data, validation.measure, identity, unit="tokens", monitor=monitor
-        )
+        model, results = train(args, accelerator, model, data, validation, identity, unit="tokens", monitor=monitor)
         source = {"source": corpus.source, "fingerprint": corpus.fingerprint, "licence": corpus.license}
         finish(args, accelerator, model, tokenizer, results, task="text-generation", data=source)
 

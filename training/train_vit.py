@@ -29,8 +29,9 @@ from training.models import (
     normalisation_of,
     starting_config,
 )
-from training.run.arguments import RunArguments, one_line, option, parse_arguments, user_errors, with_defaults
-from training.run.loop import identify, open_run, train
+from training.run.arguments import RunArguments, one_line, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
 from training.run.processes import micro_batches
 
 QUICKSTART = {  # under three minutes on two CPU cores
@@ -61,17 +62,21 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
         None, "other images to validate on: their part for that, or else all of them", "images"
     )
     validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
-    labelled_fraction: float = option(1.0, "part of each class's labels to use; mae: to probe with", "images")
+    labelled_fraction: float = option(
+        1.0, "part of each class's labels to use; mae: to probe with", "images", above=0, at_most=1
+    )
     image_column: str = option("image", "column of the image", "images")
     label_column: str = option("label", "column of the label", "images")
     label_names: str | None = option(None, "classes in the order of their ids: 'cat,dog'", "images")
     streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "images")
     max_bad_images: float = option(0.01, "part of the images that may be unreadable", "images")
-    num_workers: int = option(2, "processes of each trainer that decode image files", "images")
-    eval_batch_size: int = option(256, "images of an evaluation batch", "images")
+    num_workers: int = option(2, "processes of each trainer that decode image files", "images", at_least=0)
+    eval_batch_size: int = option(256, "images of an evaluation batch", "images", at_least=1)
 
     crop_scale: float | None = option(0.8, "least part of the area that a random crop keeps; None: no crop", "changes")
-    crop_ratio: float = option(1.2, "a random crop's longer side, as a multiple of the shorter, at most", "changes")
+    crop_ratio: float = option(
+        1.2, "a random crop's longer side, as a multiple of the shorter, at most", "changes", at_least=1
+    )
     translate: int = option(0, "pixels to shift by, at most", "changes")
     flip: float = option(0.0, "probability of a mirror image", "changes")
     rand_augment_ops: int = option(0, "operations of RandAugment on an image", "changes")
@@ -86,13 +91,8 @@ class ViTArguments(with_defaults(RunArguments, **QUICKSTART)):
     def __post_init__(self):
         super().__post_init__()
         self.model = self.model or MODELS[self.objective]
-        for name, least in {"eval_batch_size": 1, "num_workers": 0, "crop_ratio": 1}.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.streaming and self.global_batch_size > ROWS_PER_SHARD:  # processes would wait for a shard not begun
             raise ValueError(f"global_batch_size of a stream is at most {ROWS_PER_SHARD}, not {self.global_batch_size}")
-        if not 0 < self.labelled_fraction <= 1:
-            raise ValueError(f"labelled_fraction must be above 0 and at most 1, not {self.labelled_fraction}")
         for name in ("mixup", "cutmix", "label_smoothing"):
             if self.objective == "mae" and getattr(self, name):
                 raise ValueError(f"{name} changes labels, which --objective mae does not use: leave it at 0")
@@ -122,9 +122,7 @@ def read_data(args: ViTArguments, num_channels: int | None) -> ImageData:
 
 
 def main():
-    with user_errors():
-        args = parse_arguments(ViTArguments)
-    with open_run(args) as accelerator:
+    with open_run(ViTArguments) as (args, accelerator):
         with user_errors():
             is_mae = args.objective == "mae"
             model_class = hf_models.ZooViTMAEForPreTraining if is_mae else hf_models.ZooViTForImageClassification
@@ -186,7 +184,7 @@ def main():
             accelerator,
             model,
             data,
-            validation.measure,
+            validation,
             identity,
             unit="images",
             monitor=("eval_loss" if is_mae else "eval_accuracy") if args.patience else None,

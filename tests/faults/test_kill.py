@@ -45,6 +45,17 @@ def test_killed_at_a_place_and_repeated_ends_bit_identical(trainers, uninterrupt
     assert {"step-000018", "step-000024"} <= set(checkpoint_names(expected))
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_during_an_evaluation_nothing_is_lost_and_that_step_is_evaluated_once(
+    trainers, uninterrupted, tmp_path, number
+):
+    fault = f"kill:evaluation:{number}"
+    trainers.run(tmp_path / "run", "--fault", fault, save_every=0, expected=-signal.SIGKILL)
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{12 * number:06d}"
+    trainers.run(tmp_path / "run", save_every=0)
+    assert_same_result(tmp_path / "run", uninterrupted())
+
+
 def test_killed_while_it_exports_the_result_and_repeated(trainers, uninterrupted, tmp_path):
     trainers.run(tmp_path / "run", "--fault", "kill:curves:1", expected=-signal.SIGKILL)
     trainers.run(tmp_path / "run")

@@ -34,6 +34,26 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_the_same_step(trainers, 
     assert_same_result(tmp_path / "run", tmp_path / "expected")
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_that_step_is_evaluated_once(
+    trainers, uninterrupted, tmp_path, number
+):
+    stopped = trainers.run(tmp_path / "run", "--fault", f"terminate:evaluation:{number}", expected=0)
+    assert f"stopped by SIGTERM after step {12 * number}; the same" in stopped.output
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{12 * number:06d}"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    trainers.run(tmp_path / "run")
+    assert_same_result(tmp_path / "run", uninterrupted())
+
+
+def test_a_signal_during_an_evaluation_of_one_of_two_processes_stops_both(trainers, tmp_path):
+    trainers.run_ranks(tmp_path / "expected", 2)
+    first, _ = trainers.run_ranks(tmp_path / "run", 2, "--fault", "terminate:evaluation:1@1", expected=0)
+    assert "stopped by another process after step 12" in first.output
+    trainers.run_ranks(tmp_path / "run", 2)
+    assert_same_result(tmp_path / "run", tmp_path / "expected")
+
+
 def test_a_second_ctrl_c_interrupts_at_once(trainers, uninterrupted, tmp_path):
     faults = ["--fault", "interrupt:step:9", "--fault", "interrupt:update:9"]
     assert "KeyboardInterrupt" in trainers.run(tmp_path / "run", *faults, expected=1).errors

@@ -30,7 +30,7 @@ from training import train_gpt
 from training.data import shards
 from training.data.documents import Corpus, Documents
 from training.hub import results
-from training.run import checkpoint, loop, processes
+from training.run import checkpoint, log, loop, processes
 from training.text import stream
 from training.text import tokens as text
 
@@ -41,7 +41,8 @@ PLACES = {
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "rotation": (checkpoint.Checkpoints, "_rotate"),
-    "log": (results.MetricsLog, "_write"),
+    "evaluation": (train_gpt, "take_turns"),
+    "log": (log.MetricsLog, "_write"),
     "curves": (results, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),

@@ -22,7 +22,7 @@ from training.finetune_bert import FineTuningArguments, plan_steps
 from training.models import create_text_model
 from training.run import loop
 from training.run.arguments import parse_arguments
-from training.tasks.labelled import LabelledRows, weigh_classes
+from training.tasks.batches import TaskBatches, weigh_classes
 from training.tasks.models import end_texts
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
@@ -285,7 +285,7 @@ def test_a_head_of_another_size_is_replaced(finetune, data, tmp_path):
 
 def labelled_rows(count, **options):
     rows = [{"input_ids": torch.arange(2 + number % 3).numpy(), "labels": number % 4} for number in range(count)]
-    return LabelledRows(rows, seed=1337, global_batch_size=8, pad_token_id=0, **options)
+    return TaskBatches(rows, seed=1337, global_batch_size=8, pad_token_id=0, **options)
 
 
 def test_every_epoch_has_every_row_once_and_an_order_of_its_own():
@@ -381,9 +381,9 @@ def test_a_cooldown_is_compared_with_the_steps_of_the_epochs():
 
 def test_evaluation_measures_every_row_once_whatever_its_batches(finetune, data, monkeypatch):
     seen = []
-    measure = finetune_bert.Validation.results
+    measure = finetune_bert.TaskValidation.results
     monkeypatch.setattr(
-        finetune_bert.Validation, "results", lambda self, found: seen.append(found) or measure(self, found)
+        finetune_bert.TaskValidation, "results", lambda self, found: seen.append(found) or measure(self, found)
     )
     results = [
         finetune("classify", data["classify"], "--max_steps", "1", "--eval_batch_size", size, folder=f"run-{size}")

@@ -5,16 +5,10 @@ a fingerprint of both. Texts are taken exactly as they are (UTF-8; line ends, sp
 documents are left out.
 """
 
-import ast
-import functools
 import gzip
 import hashlib
 import json
-import os
 import platform
-import re
-import sysconfig
-import warnings
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -22,10 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import compress, islice
 from pathlib import Path
 
-import numpy as np
-
-# A name that ends in one of these is a file's, of text or of a table, and is not looked for on the Hub.
-FILE_SUFFIXES = (".txt", ".conll", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+from training.data.embedded import embedded_documents
+from training.data.fingerprints import digest_of, fingerprint_of
+from training.data.holdout import hold_out, key_of
+from training.data.sources import load_hub, split_of
 
 
 class Documents:
@@ -85,46 +79,11 @@ def read_documents(
         raise ValueError(f"streaming needs a Hub data set, but {data!r} is on this machine: leave streaming off")
     if data == "embedded":
         source = f"CPython {platform.python_version()}: pydoc topics and the standard library's docstrings"
-        return _split(Documents.of(_embedded_documents), None, validation_fraction, source, "PSF-2.0")
+        return _split(Documents.of(embedded_documents), None, validation_fraction, source, "PSF-2.0")
     if is_local:
         corpus = _split(*_local_splits(path, text_column), validation_fraction, data)
         return replace(corpus, source=path.resolve().name)  # errors name the path; a published result need not
     return _hub_corpus(data, text_column, validation_fraction, streaming)
-
-
-@functools.cache
-def _embedded_documents() -> list[str]:
-    """pydoc's topics, then one document of docstrings for every module of the standard library, in path order."""
-    from pydoc_data.topics import topics
-
-    modules = ["\n\n".join(found) for _, found in embedded_docstrings()]
-    return [topics[name] for name in sorted(topics)] + modules
-
-
-def embedded_docstrings() -> Iterator[tuple[str, list[str]]]:
-    """For every module of the standard library, in path order, its path without suffix and its docstrings."""
-    root, seen = Path(sysconfig.get_path("stdlib")), set()
-    skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skipped)
-        for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):
-            try:
-                with warnings.catch_warnings(action="ignore"):  # old escapes in the sources
-                    module = ast.parse(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, SyntaxError):
-                continue
-            # Shorter ones say little ("See base class."), repeated ones nothing new.
-            found = [text for text in _docstrings(module) if len(text) >= 40 and not (text in seen or seen.add(text))]
-            yield path.relative_to(root).with_suffix("").as_posix(), found
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings under `node` in the order of the source, with their indentation cleaned."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield ast.get_docstring(node) or ""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr):
-            yield from _docstrings(child)
 
 
 def _local_splits(path: Path, text_column: str) -> tuple[Documents, Documents | None]:
@@ -141,31 +100,6 @@ def _local_splits(path: Path, text_column: str) -> tuple[Documents, Documents | 
     if not train:
         raise ValueError(f"{path}: the folder holds no .txt, .jsonl or .parquet file to train on")
     return _file_documents(train, text_column), _file_documents(groups["val"], text_column) if groups["val"] else None
-
-
-def split_of(name: str) -> str:
-    """The split that a file's or folder's name begins with: "train", "val" (also valid*, dev*), "test"; or ""."""
-    found = re.match(r"(train|val|dev|test)(ing|id|idation|elopment)?(?![a-z])", name.lower())  # not "testament.txt"
-    return "" if found is None else found[1].replace("dev", "val")
-
-
-def load_hub(data: str, streaming: bool = False, trains: bool = True):
-    """The splits of a Hub data set, "name" or "name:config". Raises ValueError if `data` rather looks like a file, or
-    the data set cannot be loaded or, with `trains`, has nothing to train on."""
-    import datasets
-
-    is_file_name = Path(data.removesuffix(".gz")).suffix in FILE_SUFFIXES
-    if is_file_name or data.startswith(("/", ".", "~")) or data.count("/") > 1:
-        raise ValueError(f"no such file or folder: {data}")
-    name, _, config = data.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None, streaming=streaming)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: it needs a script of its own
-        message = f"{data!r} is no local file or folder, and as a Hub data set it cannot be loaded: {error}"
-        raise ValueError(message) from error
-    if trains and "train" not in splits:
-        raise ValueError(f"Hub data set {data!r} has no split 'train', only {sorted(splits)}")
-    return splits
 
 
 def _file_kind(path: Path) -> str:
@@ -284,7 +218,7 @@ def _split(
             train = Documents.of(lambda: (text[:cut] for text in everything))
             validation = Documents.of(lambda: (text[cut:] for text in everything))
         else:
-            held_out = keys <= np.sort(keys)[max(1, round(fraction * num_documents)) - 1]
+            held_out = hold_out(keys, fraction)
             is_divided = not held_out.all()
             train = Documents.of(lambda: compress(everything, ~held_out))
             validation = Documents.of(lambda: compress(everything, held_out))
@@ -293,20 +227,21 @@ def _split(
     return Corpus(train, validation, fingerprint, source, license, num_documents, num_bytes)
 
 
-def _digest(documents: Iterable[str], source: str) -> tuple[np.ndarray, str, int]:
-    """A 64-bit hash of each document, the sha256 over all of them, and their UTF-8 bytes."""
-    keys, total, num_bytes = array("Q"), hashlib.sha256(), 0
-    for number, text in enumerate(documents):
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{source}: document {number} is not valid Unicode ({error}); repair it") from error
-        digest = hashlib.sha256(content).digest()
-        total.update(digest)
-        keys.append(int.from_bytes(digest[:8], "big"))
-        num_bytes += len(content)
-    return np.array(keys), total.hexdigest(), num_bytes
+def _digest(documents: Iterable[str], source: str) -> tuple[array, str, int]:
+    """The `key_of` each document, the sha256 over all of them, and their UTF-8 bytes."""
+    keys, num_bytes = array("Q"), 0
 
+    def digests() -> Iterator[bytes]:
+        nonlocal num_bytes
+        for number, text in enumerate(documents):
+            try:
+                content = text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{source}: document {number} is not valid Unicode ({error}); repair it") from error
+            digest = hashlib.sha256(content).digest()
+            keys.append(key_of(digest))
+            num_bytes += len(content)
+            yield digest
 
-def fingerprint_of(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    total = digest_of(digests())
+    return keys, total, num_bytes

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
-from training.run.files import write_atomic
-from training.text.tokens import is_local_main_process
+from training.run.folder import write_atomic
+from training.run.processes import is_local_main_process
 
 
 class ShardFolder(ABC):

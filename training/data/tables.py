@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.data.documents import embedded_docstrings, load_hub, split_of
+from training.data.embedded import embedded_docstrings
+from training.data.sources import load_hub, split_of
 
 
 @dataclass

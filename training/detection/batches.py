@@ -10,8 +10,7 @@ the largest of the global batch needs, so that micro-batches, processes and resu
 Dimensions: B images, C channels, H and W of the batch, h and w of an image in it, n boxes, G groups for denoising.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor
 
 from hf_models.matching import count_items
+from training.data.prefetch import Prefetcher
 from training.detection.read import DetectionRows
-from training.images.augment import blend, grey, rectangles
-from training.images.rows import MAX_PREFETCHED
+from training.images.augment import jitter_colours, rectangles
+from training.run.arguments import bounded, check_bounds
+from training.run.seeds import generator
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
 NUM_CROPS = 8  # to choose from, in search of one with a box
@@ -53,27 +54,18 @@ class DetectionTransform:
     global_batch_size: int
     mean: list[float]
     std: list[float]
-    shortest_edge: int | None = 800
-    longest_edge: int | None = 1333
-    scale_jitter: float = 0.0
-    crop: float = 0.0
-    crop_scale: float = 0.3
-    crop_visible: float = 0.25
-    flip: float = 0.5
-    color_jitter: float = 0.0
-    pad_to: int = 1
+    shortest_edge: int | None = bounded(800, at_least=1)
+    longest_edge: int | None = bounded(1333, at_least=1)
+    scale_jitter: float = bounded(0.0, at_least=0, below=1)
+    crop: float = bounded(0.0, at_least=0, at_most=1)
+    crop_scale: float = bounded(0.3, above=0, at_most=1)
+    crop_visible: float = bounded(0.25, at_least=0, at_most=1)
+    flip: float = bounded(0.5, at_least=0, at_most=1)
+    color_jitter: float = bounded(0.0, at_least=0, at_most=1)
+    pad_to: int = bounded(1, at_least=1)
 
     def __post_init__(self):
-        bounds = {
-            "from 0 to 1": (("crop", "crop_visible", "flip", "color_jitter"), lambda x: 0 <= x <= 1),
-            "at least 0 and below 1": (("scale_jitter",), lambda x: 0 <= x < 1),
-            "above 0 and at most 1": (("crop_scale",), lambda x: 0 < x <= 1),
-            "at least 1": (("shortest_edge", "longest_edge", "pad_to"), lambda x: x is None or x >= 1),
-        }
-        for bound, (names, holds) in bounds.items():
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"{name} must be {bound}, not {getattr(self, name)}")
+        check_bounds(self)
         if self.shortest_edge and self.longest_edge and self.longest_edge < self.shortest_edge:
             raise ValueError(f"longest_edge must be at least shortest_edge, {self.shortest_edge}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
@@ -82,13 +74,13 @@ class DetectionTransform:
 
     def draw_scale(self, step: int) -> float:
         """What `shortest_edge` is multiplied by in this step."""
-        uniform = np.random.default_rng([self.seed, step, STREAMS["scale"]]).random()
+        uniform = generator(self.seed, step, STREAMS["scale"]).random()
         return 1 - self.scale_jitter * uniform
 
     def draw(self, step: int, position: int) -> np.ndarray:
         """Uniform numbers for everything else that is random about an image: as many for every image, so that no
         option changes what another one draws."""
-        return np.random.default_rng([self.seed, step, position, STREAMS["image"]]).random(5 + 4 * NUM_CROPS)
+        return generator(self.seed, step, position, STREAMS["image"]).random(5 + 4 * NUM_CROPS)
 
     def size(self, height: float, width: float, scale: float = 1.0) -> tuple[int, int]:
         """Height and width to which an image, or a part of one, is resized: never less than a pixel."""
@@ -164,12 +156,7 @@ class DetectionTransform:
         """
         images = pixels.float()
         if colour is not None:
-            brightness, contrast, saturation = colour[..., None, None, None].unbind(1)
-            images = blend(0, images, brightness)
-            total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
-            mean = (total / mask.sum((1, 2), dtype=torch.int32)[:, None, None, None] + 0.5).floor()
-            images = blend(mean, images, contrast)
-            images = blend(grey(images), images, saturation)
+            images = jitter_colours(images, colour, mask.sum((1, 2), dtype=torch.int32)[:, None, None, None])
         if self._mean.device != pixels.device:
             self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return ((images - self._mean) / self._std).masked_fill(~mask[:, None], 0.0)
@@ -203,15 +190,15 @@ class DetectionBatches:
 
     def __init__(self, rows: DetectionRows, transform: DetectionTransform, max_steps: int, config):
         self.rows, self.transform, self.max_steps, self.config = rows, transform, max_steps, config
-        self.ahead = Ahead()
+        self.ahead = Prefetcher()
 
     def batch(self, step: int, positions: range) -> dict[str, Any]:
         """pixel_values uint8 (B, C, H, W), zero where pixel_mask (B, H, W), bool, is False; labels: for each image
         class_labels (n,) int64, boxes (n, 4) float32, centre x and y, width and height as fractions of the image,
         image_id, and noise (G, n, 5) where the model denoises; colour (B, 3) where colours are changed."""
-        batch = self.ahead.take(self._load, step, positions)
+        batch = self.ahead.take((step, positions), self._load, step, positions)
         if step + 1 < self.max_steps:
-            self.ahead.begin(self._load, step + 1, positions)
+            self.ahead.begin((step + 1, positions), self._load, step + 1, positions)
         return batch
 
     def _load(self, step: int, positions: range) -> dict[str, Any]:
@@ -230,7 +217,7 @@ class DetectionBatches:
         if self.config.num_denoising_groups:
             for position, label in zip(positions, batch["labels"], strict=True):
                 shape = (self.config.num_denoising_groups, len(label["boxes"]), 5)
-                random = np.random.default_rng([transform.seed, step, position, STREAMS["noise"]])
+                random = generator(transform.seed, step, position, STREAMS["noise"])
                 label["noise"] = torch.from_numpy(random.random(shape, dtype=np.float32))
         if transform.color_jitter:
             batch["colour"] = torch.from_numpy(np.stack([place.colour for place in placed])).float()
@@ -265,29 +252,9 @@ def evaluation_batches(
         used, _, batch = transform.load(rows, parts[number], None)
         return used, batch
 
-    ahead = Ahead()
+    ahead = Prefetcher()
     for number in range(len(parts)):
-        batch = ahead.take(load, number)
+        batch = ahead.take(number, load, number)
         if number + 1 < len(parts):
-            ahead.begin(load, number + 1)
+            ahead.begin(number + 1, load, number + 1)
         yield batch
-
-
-class Ahead:
-    """Calls made in the background, one after the other, before anybody asks for what they return."""
-
-    def __init__(self):
-        self._thread: ThreadPoolExecutor | None = None
-        self._begun: dict[tuple, Future] = {}
-
-    def begin(self, function: Callable, *arguments) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1)
-        while len(self._begun) >= MAX_PREFETCHED:  # that nobody came for
-            self._begun.pop(next(iter(self._begun))).cancel()
-        if arguments not in self._begun:
-            self._begun[arguments] = self._thread.submit(function, *arguments)
-
-    def take(self, function: Callable, *arguments) -> Any:
-        begun = self._begun.pop(arguments, None)
-        return function(*arguments) if begun is None else begun.result()

@@ -5,8 +5,9 @@ import functools
 import numpy as np
 from PIL import Image
 
-from training.detection.files import Box, BoxSet
-from training.images.files import ImageSet, StoredImages, embedded_digits
+from training.detection.formats import Box, BoxSet
+from training.images.formats import ImageSet, StoredImages, embedded_digits
+from training.run.seeds import generator
 
 
 class Canvases(StoredImages):
@@ -44,7 +45,7 @@ def digits_on_canvases(digits: ImageSet, count: int, seed: int) -> BoxSet:
     """Grey canvases with sides of 64 to 96 pixels, each with one to six digits enlarged two- to fourfold (16 to 32
     pixels), lighter than the noisy ground. A box is the smallest that holds all pixels of a digit with at least a
     quarter of its ink. Boxes overlap by a tenth of the smaller one at most."""
-    random = np.random.default_rng([seed, count])
+    random = generator(seed, count)
     contents, sizes, boxes = [], [], []
     for number in range(count):
         height, width = random.integers(64, 97, 2)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from training.detection.files import Box, BoxSet, numbers, size_of
-from training.images.files import DatasetImages, name_of, undecoded
+from training.detection.formats import Box, BoxSet, numbers, size_of
+from training.images.formats import DatasetImages, name_of, undecoded
 
 BOX_FORMATS = ("xywh", "xyxy")  # left, top, width and height, or left, top, right and bottom
 BOX_KEYS = ("bbox", "boxes", "box", "bboxes")

@@ -6,7 +6,6 @@
 `detection_files.py`, `detection_columns.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from training.data.documents import fingerprint_of, load_hub, split_of
+from training.data.fingerprints import digest_of, fingerprint_of
+from training.data.sources import has_parquet, is_saved, load_hub, load_local, split_of
 from training.detection.canvases import embedded_canvases
 from training.detection.columns import BOX_FORMATS, read_objects
-from training.detection.files import (
+from training.detection.formats import (
     BoxSet,
     Splits,
     choose_splits,
@@ -30,8 +30,8 @@ from training.detection.files import (
     read_yolo,
 )
 from training.images import decoding
-from training.images.files import StoredImages, label_ids, unknown_label
-from training.images.read import hold_out, load_local, look_at, overlap
+from training.images.formats import StoredImages, label_ids, unknown_label
+from training.images.read import choose_validation, look_at, overlap
 from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 WINDOW = 16  # global batches that are sorted by aspect together
@@ -82,7 +82,7 @@ class DetectionRows(EncodedRows):
     def digest(self) -> str:
         """The sha256 over all sizes, boxes and classes."""
         arrays = (self.sizes, self._starts, self._corners, self._classes, self._is_crowd)
-        return hashlib.sha256(b"".join(values.tobytes() for values in arrays)).hexdigest()
+        return digest_of(values.tobytes() for values in arrays)
 
     def count_boxes(self) -> int:
         return int((~self._is_crowd).sum())
@@ -194,7 +194,7 @@ def read_detection(
         [validation] = splits.values()
         held_out_digests = validation.images.digests()
     else:
-        is_held_out = hold_out(digests, None, validation_fraction, seed)
+        is_held_out = choose_validation(digests, None, validation_fraction, seed)
         parts = [np.flatnonzero(is_held_out == held_out) for held_out in (False, True)]
         train, validation = [train.select(part) for part in parts]
         digests, held_out_digests = [[digests[index] for index in part] for part in parts]
@@ -207,7 +207,7 @@ def read_detection(
     ]
     if not rows[0].count_boxes():
         raise ValueError(f"{data} has no box to train on")
-    hashed = [hashlib.sha256(b"".join(part)).hexdigest() for part in (digests, held_out_digests)]
+    hashed = [digest_of(part) for part in (digests, held_out_digests)]
     fingerprint = fingerprint_of("detection", names, hashed, [part.digest() for part in rows])
     if data == "embedded":
         source = "scikit-learn's handwritten digits on canvases"
@@ -233,14 +233,8 @@ def _read(data: str, validation_split: str | None, columns: tuple[str, str, str]
         return chosen(embedded_canvases(), lambda boxes: boxes)
     if path.suffix == ".json" and path.is_file():
         return {"train": read_coco(path)}
-    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        import datasets
-
-        return from_datasets(datasets.load_from_disk(str(path)))
-    if path.is_dir() and any(path.rglob("*.parquet")):
-        return from_datasets(load_local(str(path)))
-    if path.suffix == ".parquet" and path.is_file():
-        return from_datasets(load_local("parquet", data_files=str(path)))
+    if is_saved(path) or has_parquet(path):
+        return from_datasets(load_local(path))
     if path.is_dir() and (found := find_voc(path)):
         return chosen(found, lambda files: read_voc(path, files))
     if path.is_dir() and (found := find_coco(path)):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hf_models import ZooDetrForObjectDetection
 from hf_models.matching import count_items
-from training import draw, figures
+from training import figures
 from training.detection.batches import DetectionTransform, evaluation_batches
+from training.detection.pictures import decoder_attention, keep, pixels_of, stack_slots
 from training.detection.read import DetectionRows
 from training.images.validation import whole_copy
 from training.metrics import CocoDetection, load_metric
@@ -142,16 +143,16 @@ class DetectionValidation:
         places = list(found)[:NUM_DRAWN]
         images = self.images(places)
         true = [{"boxes": self.rows.boxes(place), "labels": self.rows.classes(place)} for place in places]
-        pixels = [draw.pixels_of(image) for image in images]
-        shown = [draw.keep(found[place], 0.5) for place in places]
+        pixels = [pixels_of(image) for image in images]
+        shown = [keep(found[place], 0.5) for place in places]
         example = next(
             (image for image, objects in zip(images, true, strict=True) if len(objects["labels"])), images[0]
         )
-        slots = draw.stack_slots([answer["boxes"] for answer in found.values()])
+        slots = stack_slots([answer["boxes"] for answer in found.values()])
         return {
             "detections.png": figures.detections(pixels, shown, self.label_names, true),
             "query_slots.png": figures.query_slots(slots),
-            "decoder_attention.png": draw.decoder_attention(model, self.processor, example),
+            "decoder_attention.png": decoder_attention(model, self.processor, example),
             "example.png": example,
         }
 

@@ -28,7 +28,7 @@ from hf_models.zoo import ZOO
 from training.hub.hand_written import is_foreign, merge, merge_header, split_header
 from training.hub.snippets import PIPELINES, USES, snippet
 from training.run.arguments import user_errors
-from training.run.files import text_of, write_atomic
+from training.run.folder import text_of, write_atomic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"

@@ -33,8 +33,7 @@ from training.hub.renewal import PACKAGE, renew
 from training.hub.snapshots import WEIGHTS, export_step
 from training.hub.snippets import EXAMPLE
 from training.run.arguments import one_line, user_errors
-from training.run.files import text_of, write_atomic
-from training.run.folder import RunLock
+from training.run.folder import RunLock, text_of, write_atomic
 
 # Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
 # optimizer, locks, logs of trackers) is not for others.

@@ -16,7 +16,7 @@ import hf_models
 from hf_models.verify import SUMS, is_listed
 from hf_models.zoo import ZOO
 from training.hub.card import renewed_card
-from training.run.files import text_of, write_atomic
+from training.run.folder import text_of, write_atomic
 
 PACKAGE = Path(hf_models.__file__).parent
 FAMILIES = {entry.config_class.model_type: entry.config_class for entry in ZOO.values()}

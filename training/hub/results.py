@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: metrics.jsonl as it goes, and at the end a checkpoint that loads anywhere."""
+"""The end of a run: its output folder becomes a checkpoint that loads anywhere, with results, curves and a card."""
 
 import contextlib
 import json
@@ -17,10 +17,9 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm.auto import tqdm
 
 from hf_models.verify import write_checksums
-from training.draw import curves
+from training.figures import curves
 from training.hub.card import public_name, public_path, write_card
 from training.hub.publish import push
 from training.hub.snapshots import MAX_SHARD_SIZE, WEIGHTS
@@ -28,79 +27,7 @@ from training.hub.snippets import snippet
 from training.models import is_checkpoint
 from training.run.arguments import RunArguments, one_line, recipe_fingerprint, user_errors
 from training.run.checkpoint import gather_training_state
-from training.run.files import write_atomic
-
-
-class MetricsLog:
-    """The progress bar, `metrics.jsonl` and the tracker, from the main process: a line per `log_every` steps and per
-    evaluation.
-
-    Sums since the last line are kept in `progress`, which travels in every checkpoint, and lines behind the resumed
-    step are cut off: the file of a resumed run is that of an uninterrupted one, times aside.
-    """
-
-    def __init__(self, accelerator, args, output_dir: Path, progress: dict, unit: str, row_length: int | None = None):
-        self.accelerator, self.progress, self.path = accelerator, progress, output_dir / "metrics.jsonl"
-        self.unit, self.room_in_step = unit, (row_length or 0) * args.global_batch_size
-        if args.report_to != "none":
-            config = {name: value for name, value in vars(args).items() if value is not None}
-            accelerator.init_trackers(output_dir.resolve().name, config=config)
-        if accelerator.is_main_process:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = []
-            for line in lines:
-                with contextlib.suppress(ValueError):  # a line torn by a kill
-                    if json.loads(line)["step"] <= progress["step"]:
-                        kept.append(line + "\n")
-            write_atomic(self.path, "".join(kept))
-        self.bar = tqdm(
-            total=args.max_steps,
-            initial=progress["step"],
-            unit="step",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-            smoothing=0.05,
-        )
-        self.close = self.bar.close
-
-    def add(self, loss: float, num_units: float, seconds: float):
-        self.progress["loss_sum"] += loss
-        self.progress["num_units"] += num_units
-        self.progress["num_steps"] += 1
-        self.progress["interval_seconds"] += seconds
-        self.bar.update()
-
-    def write_training(self, learning_rate: float, gradient_norm: float | None):
-        progress, rate_name = self.progress, f"{self.unit}_per_second"
-        values = {
-            "loss": progress["loss_sum"] / progress["num_steps"],
-            "learning_rate": learning_rate,
-            rate_name: round(progress["num_units"] / progress["interval_seconds"], 1),
-        }
-        if self.room_in_step:
-            values["fill"] = progress["num_units"] / (progress["num_steps"] * self.room_in_step)
-        if gradient_norm is not None:
-            values["gradient_norm"] = gradient_norm
-        progress.update(loss_sum=0.0, num_units=0.0, num_steps=0, interval_seconds=0.0)
-        self._write(values)
-        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", f"{self.unit}/s": f"{values[rate_name]:,.0f}"})
-
-    def write_evaluation(self, results: dict[str, Any]):
-        self._write(results)
-        if self.accelerator.is_main_process:
-            numbers = {name: value for name, value in results.items() if isinstance(value, float)}
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-            sample = results.get("sample")
-            tqdm.write(f"step {self.progress['step']}  {shown}" + (f"\n{sample}\n" if sample else ""))
-
-    def _write(self, values: dict[str, Any]):
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, float)}, step=self.progress["step"])
-        if self.accelerator.is_main_process:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": self.progress["step"], **values}) + "\n")
-            except OSError as error:  # of a full disk, which does not name the file
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
+from training.run.folder import write_atomic
 
 
 def finish(

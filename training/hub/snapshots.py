@@ -1,6 +1,5 @@
 """A run as it was after a step: a folder like the one that it leaves at the end, from one of its checkpoints."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -11,12 +10,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_models
-from training.draw import curves
+from training.figures import curves
 from training.hub.card import read_results
 from training.run.arguments import one_line
 from training.run.checkpoint import Checkpoint, Checkpoints, find_damage, restore_training_state
 from training.run.costs import measured_costs
-from training.run.files import write_atomic
+from training.run.folder import write_atomic
+from training.run.log import read_metrics, to_json_lines
 from training.run.optim import parameter_names
 
 MAX_SHARD_SIZE = "5GB"  # of a file of weights
@@ -59,12 +59,8 @@ def export_step(run: Path, step: int, names: list[str], destination: Path):
     except SafetensorError as error:  # a full disk, in its words
         raise OSError(f"writing the weights of {path} to {destination} failed: {one_line(error)}") from error
 
-    lines = []
-    for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line torn by a kill
-            lines.append(json.loads(text))
-    lines = [line for line in lines if line["step"] <= step]
-    write_atomic(destination / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] <= step]
+    write_atomic(destination / "metrics.jsonl", to_json_lines(lines))
     curves(destination / "metrics.jsonl").savefig(destination / "curves.png")
     results = measured_costs(checkpoint.state["progress"])
     for line in lines:

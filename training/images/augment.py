@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.run.arguments import bounded, check_bounds
+from training.run.seeds import uniform_rows
+
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "solarize", "posterize"),
     *("color", "contrast", "brightness", "sharpness"),
@@ -67,26 +70,20 @@ class Augmentation:
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     translate: int = 0
-    flip: float = 0.5
-    rand_augment_ops: int = 0
-    rand_augment_magnitude: float = 9
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    label_smoothing: float = 0.0
+    flip: float = bounded(0.5, at_least=0, at_most=1)
+    rand_augment_ops: int = bounded(0, at_least=0)
+    rand_augment_magnitude: float = bounded(9, at_least=0, at_most=MAX_MAGNITUDE)
+    color_jitter: float = bounded(0.0, at_least=0, at_most=1)
+    erasing: float = bounded(0.0, at_least=0, at_most=1)
+    mixup: float = bounded(0.0, at_least=0)
+    cutmix: float = bounded(0.0, at_least=0)
+    mix_probability: float = bounded(1.0, at_least=0, at_most=1)
+    label_smoothing: float = bounded(0.0, at_least=0, below=1)
 
     def __post_init__(self):
         size = self.image_size
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        for name in ("flip", "color_jitter", "erasing", "mix_probability"):
-            _check(name, getattr(self, name), "from 0 to 1", lambda x: 0 <= x <= 1)
-        for name in ("rand_augment_ops", "mixup", "cutmix"):
-            _check(name, getattr(self, name), "at least 0", lambda x: 0 <= x < np.inf)
-        _check("label_smoothing", self.label_smoothing, "at least 0 and below 1", lambda x: 0 <= x < 1)
-        magnitude = self.rand_augment_magnitude
-        _check("rand_augment_magnitude", magnitude, f"from 0 to {MAX_MAGNITUDE}", lambda x: 0 <= x <= MAX_MAGNITUDE)
+        check_bounds(self)
         smallest = min(self.height, self.width)
         _check("translate", self.translate, f"from 0 to below the {smallest} pixels", lambda x: 0 <= x < smallest)
         if self.crop_scale is not None:
@@ -124,9 +121,7 @@ class Augmentation:
 
         def uniforms(name: str, count: int, positions: range = positions) -> np.ndarray:
             """(count, B) numbers from 0 to 1, the same whatever the other positions."""
-            generator = np.random.PCG64([self.seed, step, STREAMS[name]])
-            generator.advance(positions.start * count)  # each number takes one step of the generator
-            return np.random.Generator(generator).random((len(positions), count)).T
+            return uniform_rows(positions, count, self.seed, step, STREAMS[name]).T
 
         draws = {}
         if self.crop_scale is not None:
@@ -190,10 +185,7 @@ class Augmentation:
         if "colour" in draws or "operations" in draws:
             pixels = pixels.float()
         if "colour" in draws:
-            brightness, contrast, saturation = draws["colour"][..., None, None, None].unbind(1)
-            pixels = blend(0, pixels, brightness)
-            pixels = blend(mean_grey(pixels), pixels, contrast)
-            pixels = blend(grey(pixels), pixels, saturation)
+            pixels = jitter_colours(pixels, draws["colour"])
         for number in range(self.rand_augment_ops):
             pixels = operate(pixels, draws["operations"][:, number], draws["parameters"][:, number])
         images = self.normalize(pixels)
@@ -313,10 +305,24 @@ def grey(images: Tensor) -> Tensor:
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
 
 
-def mean_grey(images: Tensor) -> Tensor:
-    """(B, 1, 1, 1): the mean luminance, rounded."""
+def mean_grey(images: Tensor, num_pixels: Tensor | None = None) -> Tensor:
+    """(B, 1, 1, 1): the mean luminance, rounded. num_pixels: (B, 1, 1, 1), where the rest of an image is 0."""
     total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
-    return (total / images[0, 0].numel() + 0.5).floor()
+    return (total / (images[0, 0].numel() if num_pixels is None else num_pixels) + 0.5).floor()
+
+
+def jitter_colours(images: Tensor, factors: Tensor, num_pixels: Tensor | None = None) -> Tensor:
+    """Changes brightness, contrast and saturation of images (B, C, H, W), in this order.
+
+    Args:
+        images: from 0 to 255.
+        factors: (B, 3), what the three are multiplied by.
+        num_pixels: see `mean_grey`.
+    """
+    brightness, contrast, saturation = factors[..., None, None, None].unbind(1)
+    images = blend(0, images, brightness)
+    images = blend(mean_grey(images, num_pixels), images, contrast)
+    return blend(grey(images), images, saturation)
 
 
 def smooth(images: Tensor) -> Tensor:

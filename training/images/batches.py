@@ -6,7 +6,7 @@ from torch import Tensor
 
 from training.images.augment import Augmentation
 from training.images.rows import ImageRows
-from training.run.loop import seed_from
+from training.run.seeds import generator, seed_from
 
 MASKS, LABELS = 1, 2  # what a seed is for, besides the order of the images and what `Augmentation` draws
 
@@ -39,7 +39,7 @@ class ImageBatches:
         places, draws, boxes = self.plan(step, positions)
         batch = {"pixel_values": self.rows.images(places, boxes, self.size), **draws}
         if self.num_masked:
-            noise = np.random.default_rng(seed_from(self.seed, MASKS, step))
+            noise = generator(seed_from(self.seed, MASKS, step))
             noise = noise.random((self.global_batch_size, self.num_patches), dtype=np.float32)
             batch["noise"] = torch.from_numpy(noise[positions.start : positions.stop])
         else:
@@ -89,7 +89,7 @@ class SelectedRows(ImageRows):
 def choose_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """The places of this part of each class's images, at least one of each, in ascending order. Of one seed, a smaller
     part lies within every larger one."""
-    order = np.random.default_rng(seed_from(seed, LABELS)).permutation(len(labels))
+    order = generator(seed_from(seed, LABELS)).permutation(len(labels))
     by_class = [order[labels[order] == label] for label in np.unique(labels)]
     return np.sort(np.concatenate([places[: max(1, round(fraction * len(places)))] for places in by_class]))
 

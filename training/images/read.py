@@ -6,16 +6,17 @@
 `image_files.py` finds the images, `image_rows.py` makes batches of them, `image_stream.py` those of a stream.
 """
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from training.data.documents import fingerprint_of, load_hub
+from training.data.fingerprints import digest_of, fingerprint_of
+from training.data.holdout import hold_out, key_of
+from training.data.sources import has_parquet, is_saved, load_hub, load_local
 from training.data.tables import read_tables
-from training.images.files import (
+from training.images.formats import (
     ArrayImages,
     ImageSet,
     Splits,
@@ -122,7 +123,7 @@ def read_images(
         notes.append("validating on the test part, since there is no other")
     digests = train.images.digests()
     if validation is None:
-        held_out = hold_out(digests, train.labels, validation_fraction, seed)
+        held_out = choose_validation(digests, train.labels, validation_fraction, seed)
         train, validation = train.select(np.flatnonzero(~held_out)), train.select(np.flatnonzero(held_out))
         digests, held_out_digests = (_where(digests, part) for part in (~held_out, held_out))
     else:
@@ -140,7 +141,7 @@ def read_images(
             return ArrayRows(part.images.pixels, labels, num_channels=channels)
         return EncodedRows(part.images, labels, num_channels=channels, quick=quick, **options)
 
-    hashed = [hashlib.sha256(b"".join(part)).hexdigest() for part in (digests, held_out_digests)]
+    hashed = [digest_of(part) for part in (digests, held_out_digests)]
     numbers = [None if part is None else part.tolist() for part in labels]
     fingerprint = fingerprint_of("images", names, hashed, numbers)
     if data == "embedded":
@@ -157,38 +158,19 @@ def _read(data: str, image_column: str, label_column: str | None) -> Splits:
     path, labelled = Path(data).expanduser(), label_column is not None
     if data == "embedded":
         return embedded_digits()
-    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        import datasets
-
-        return _from_datasets(datasets.load_from_disk(str(path)), path, image_column, label_column)
+    if is_saved(path):
+        return _from_datasets(load_local(path), path, image_column, label_column)
+    if idx := [file for file in (path.iterdir() if path.is_dir() else [path]) if is_idx(file)]:
+        return read_idx(idx, labelled)
+    if has_parquet(path):
+        return _from_datasets(load_local(path), path, image_column, label_column)
     if path.is_dir():
-        if idx := [file for file in path.iterdir() if is_idx(file)]:
-            return read_idx(idx, labelled)
-        if any(path.rglob("*.parquet")):
-            return _from_datasets(load_local(str(path)), path, image_column, label_column)
         return read_folder(path, labelled)
-    if is_idx(path):
-        return read_idx([path], labelled)
-    if path.suffix == ".parquet" and path.exists():
-        return _from_datasets(load_local("parquet", data_files=str(path)), path, image_column, label_column)
     if path.suffix in (".csv", ".tsv", ".json", ".jsonl") and path.exists():
         return {"train": read_table(read_tables(str(path))[0], path.parent, image_column, label_column)}
     if path.exists():
         raise ValueError(f"{path}: expected a folder, or an idx, .csv, .json, .jsonl or .parquet file")
     return _from_datasets(load_hub(data, trains=False), path, image_column, label_column, data)
-
-
-def load_local(*names, **options):
-    """`datasets.load_dataset` of local files. Raises ValueError if they cannot be read."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(*names, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        found = options.get("data_files", names[0])
-        raise ValueError(
-            f"{found} cannot be read ({error.__cause__ or error}): it is damaged or no data set"
-        ) from error
 
 
 def _from_datasets(found, path: Path, image_column: str, label_column: str | None, source: str = "") -> Splits:
@@ -212,10 +194,8 @@ def root_of(path: Path) -> Path:
 
 def _open_stream(data: str):
     path = Path(data).expanduser()
-    if path.is_dir() and any(path.rglob("*.parquet")):
-        return load_local(str(path), streaming=True)
-    if path.is_file() and path.suffix == ".parquet":
-        return load_local("parquet", data_files=str(path), streaming=True)
+    if has_parquet(path):
+        return load_local(path, streaming=True)
     if data == "embedded" or path.exists():
         raise ValueError(f"streaming needs a Hub data set or parquet files, which {data!r} is not: leave streaming off")
     return load_hub(data, streaming=True)
@@ -224,17 +204,16 @@ def _open_stream(data: str):
 # ----------------------------------------------------------------------------------------------- split and labels
 
 
-def hold_out(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
+def choose_validation(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
     """Whether each image is for validation: a part of each class, and at least one of it if it has several."""
     held_out = np.zeros(len(digests), bool)
     if fraction == 0:
         return held_out
-    keys = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
+    keys = np.array([key_of(digest) for digest in digests], np.uint64)
     keys ^= np.random.default_rng(seed).integers(2**64, dtype=np.uint64) if seed else np.uint64(0)
     classes = np.zeros(len(keys), np.int64) if labels is None else np.unique(np.array(labels), return_inverse=True)[1]
     for members in np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]):
-        count = max(1, round(fraction * len(members)))
-        chosen = keys[members] <= np.sort(keys[members])[count - 1]
+        chosen = hold_out(keys[members], fraction)
         if not chosen.all():  # or nothing would be left to train on
             held_out[members[chosen]] = True
     return held_out

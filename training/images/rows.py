@@ -16,7 +16,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from training.data.prefetch import Prefetcher
 from training.images import decoding
 from training.images.augment import grey
-
-MAX_PREFETCHED = 64  # batches; older ones that nobody came for are dropped
+from training.run.seeds import generator
 
 
 class BadImages(OSError, ValueError):
@@ -43,8 +43,7 @@ class ImageRows(ABC):
 
     def __init__(self, labels: np.ndarray | None):
         self._labels = labels
-        self._background: ThreadPoolExecutor | None = None
-        self._prefetched: dict[tuple, Future] = {}
+        self._ahead = Prefetcher()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -69,18 +68,12 @@ class ImageRows(ABC):
             size: height and width, to which the part is resized, bicubic.
         """
         request = _request(indices, boxes, size)
-        prefetched = self._prefetched.pop(_key(*request), None)
-        return self._load(*request) if prefetched is None else prefetched.result()
+        return self._ahead.take(_key(*request), self._load, *request)
 
     def prefetch(self, indices, boxes=None, size: tuple[int, int] = (224, 224)) -> None:
         """Begins in the background what `images` will be asked for with the same arguments."""
         request = _request(indices, boxes, size)
-        if self._background is None:
-            self._background = ThreadPoolExecutor(1)
-        while len(self._prefetched) >= MAX_PREFETCHED:
-            self._prefetched.pop(next(iter(self._prefetched))).cancel()
-        if _key(*request) not in self._prefetched:
-            self._prefetched[_key(*request)] = self._background.submit(self._load, *request)
+        self._ahead.begin(_key(*request), self._load, *request)
 
     def draw(self, first: int, count: int, seed: int) -> np.ndarray:
         """The numbers of the images that are samples `first` to `first + count` of a training, counted over all
@@ -107,7 +100,7 @@ class ImageRows(ABC):
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(count)
+    return generator(*seed).permutation(count)
 
 
 def _request(indices, boxes, size) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
@@ -253,7 +246,7 @@ class EncodedRows(ImageRows):
 
     def among(self, places):
         rows = copy.copy(self)
-        rows._prefetched = {}
+        rows._ahead = Prefetcher()
         if self.labels is not None:  # the others are no class's, so that they stand for none
             rows._labels = np.where(np.isin(np.arange(len(self)), places), self.labels, -1)
         return rows

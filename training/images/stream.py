@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import constants
 
-from training.data.documents import fingerprint_of
+from training.data.fingerprints import fingerprint_of
 from training.data.shards import ShardFolder
-from training.images.files import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
+from training.images.formats import content_of, label_ids, name_of, read_dataset, undecoded, unknown_label
 from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 NUM_HELD_OUT = 1000

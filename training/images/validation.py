@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_models import ZooViTMAEForPreTraining
-from training.draw import reconstructions
 from training.figures import confusion_matrix
 from training.images.augment import Augmentation
+from training.images.features import features, knn_accuracy, linear_probe_accuracy
+from training.images.pictures import reconstructions
 from training.images.rows import ImageRows
 from training.metrics import ImageClassification, load_metric
-from training.probe import features, knn_accuracy, linear_probe_accuracy
 from training.run.checkpoint import gather_training_state
 from training.run.processes import take_turns
 

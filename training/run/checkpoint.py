@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.run.files import TEMPORARY, file_record, fsync, temporary_beside, write_durably
+from training.run.folder import TEMPORARY, file_record, fsync, temporary_beside, write_durably
 from training.run.optim import parameter_names
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The output folder of a run: one process writes it, and it stays the run that it is.
+"""The output folder of a run: its files survive a crash, one process writes it, and it stays the run that it is.
 
 output_dir/.lock       held by the one process that writes the run
 output_dir/run.json    what the run is: model, data, seed, ...
@@ -7,12 +7,98 @@ output_dir/run.json    what the run is: model, data, seed, ...
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-from training.run.files import TEMPORARY, fsync, write_atomic
+from accelerate import Accelerator
+from torch import nn
+
+from training.run.arguments import RunArguments, one_line, parse_arguments, print_error, user_errors
+from training.run.processes import create_accelerator, on_main_process
+
+# ---- files that survive a crash: written beside their place, forced to disk, renamed ----
+
+TEMPORARY = ".tmp-"  # whatever begins so was left by a dead process and may go
+
+
+def write_atomic(path: Path | str, data: str | bytes) -> None:
+    """Write `path` so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = temporary_beside(path)
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_beside(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+def write_durably(path: Path, data: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def text_of(path: Path) -> str | None:
+    """What is in a file of text; None where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def file_record(path: Path) -> dict:
+    """Size in bytes and sha256 of a file, as a manifest lists it."""
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+# ---- one process writes, and the folder stays the run that it is ----
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
+
+
+@contextlib.contextmanager
+def open_run(arguments_class: type[Arguments]) -> Iterator[tuple[Arguments, Accelerator]]:
+    """Reads the command line, connects the processes, and holds the output folder for this run alone.
+
+    With `--restart`, an earlier run in the folder is first moved aside. An error that the user has to mend ends the
+    script with one line: a wrong option here, a full disk anywhere in the block.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take_folder():
+            if args.restart and (aside := move_aside(args.output_dir)):
+                print(f"moved the earlier run to {aside}", flush=True)
+            held.enter_context(RunLock(args.output_dir))
+
+        with user_errors():
+            args = parse_arguments(arguments_class)
+            accelerator = create_accelerator(args)
+            on_main_process(accelerator, take_folder)
+        try:
+            yield args, accelerator
+        except OSError as error:
+            print_error(one_line(error))
+            raise SystemExit(2) from None
 
 
 class RunLock:
@@ -62,6 +148,27 @@ class RunLock:
         self._held.discard(self.output_dir)
         self._file.truncate(0)  # the file stays: unlinking it would let two processes each hold "the" lock
         self._file.close()
+
+
+def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any) -> dict:
+    """Returns what makes a run this run, as JSON: a resumed run has to agree in all of it.
+
+    `max_steps` is part of it only where the learning rate of earlier steps depends on it: a constant schedule may
+    grow until its cooldown begins (see `training.run.resume.newest_checkpoint`).
+
+    Args:
+        fingerprint: of the training data.
+        more: what else the script's results depend on.
+    """
+    fields = ["seed", "global_batch_size", "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay"]
+    fields += ["beta1", "beta2", "schedule", "warmup_steps", "cooldown_steps", "final_learning_rate"]
+    fields += ["max_grad_norm", "layer_decay", "ema_decay"]
+    if args.schedule != "constant":
+        fields.append("max_steps")
+    config = model.config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "auto_map", "architectures", "zoo_version"):
+        config.pop(key, None)
+    return {"data": fingerprint, "model": config, **{name: getattr(args, name) for name in fields}, **more}
 
 
 def check_identity(output_dir: Path | str, identity: dict) -> None:
@@ -133,6 +240,3 @@ def _flatten(nested: dict, prefix: str = "") -> dict:
     for key, value in nested.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
-
-
-# ---- model and optimizers <-> tensors and JSON ----------------------------------------------------------------------

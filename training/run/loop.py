@@ -1,11 +1,14 @@
-"""The one training loop: steps, accumulation, logging, evaluation, checkpoints, resume.
+"""The one training loop: steps, accumulation, logging, checkpoints, evaluation, resume.
 
-A train script prepares a model and its data inside `open_run`, and hands both to `train`. What the loop promises:
+A train script prepares a model, its data and its validation inside `open_run`, and hands them to `train`. The loop
+promises:
 
 - The global batch is the unit. Sample (step, position) is the same however many processes and micro-batches share the
   work, and the loss of a step is one sum over the global batch, divided by what was counted before the first forward.
-- Nothing random survives a step. Data is a function of (seed, step), dropout of (seed, step, rank, micro-batch): to
-  resume is to load a checkpoint and set the step.
+- Nothing random survives a step. Data is a function of (seed, step), dropout of (seed, step, rank, micro-batch), so a
+  run resumes by loading a checkpoint and setting the step.
+- A step is saved before it is evaluated. A run that is stopped during an evaluation loses nothing: the same command
+  loads that step and evaluates it.
 - A killed run, started again with the same command, ends with the same weights, bit for bit.
 """
 
@@ -16,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -24,86 +26,47 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.hub.results import MetricsLog
 from training.run.arguments import RunArguments, one_line, print_error, user_errors
 from training.run.checkpoint import Checkpoints, gather_training_state
 from training.run.costs import Costs, measured_costs
-from training.run.folder import RunLock, check_identity, move_aside
-from training.run.optim import EMA, create_optimizers, learning_rate_factor
+from training.run.folder import check_identity
+from training.run.log import MetricsLog
+from training.run.optim import EMA, create_optimizers, set_learning_rate
 from training.run.processes import (
     StopRequest,
-    create_accelerator,
     keep_inputs,
     micro_batches,
     on_main_process,
     sum_over_processes,
 )
 from training.run.resume import compare_with_best, resume, return_to_best
+from training.run.seeds import seed_from
 
 
 class TrainingData(Protocol):
     """What the loop asks of a train script's data."""
 
     def batch(self, step: int, positions: range) -> dict[str, Any]:
-        """The model's inputs for these positions of the global batch of this step, on the CPU: tensors, or lists and
-        dicts of tensors."""
+        """Returns the model's inputs for these positions of the global batch of this step, on the CPU: tensors, or
+        lists and dicts of tensors."""
 
     def num_items(self, batch: dict[str, Any]) -> float | dict[str, float]:
-        """What the summed loss of this batch is divided by, once it is summed over the global batch: scored tokens for
-        a language model. A dict where the loss has several terms, each with a divisor of its own."""
+        """Returns this batch's part of what the summed loss is divided by, such as the scored tokens of a language
+        model. A dict where the loss has several terms, each with a divisor of its own."""
 
     def num_units(self, batch: dict[str, Any]) -> int:
-        """What the throughput counts: tokens without padding, images, examples."""
+        """Returns what the throughput counts: tokens without padding, images, examples."""
 
     def external_files(self) -> dict[str, dict]:
-        """Files outside the checkpoint that resuming needs: path -> size and sha256."""
+        """Returns size and sha256, by path, of the files outside a checkpoint that resuming from it needs."""
 
 
-# ---------------------------------------------------------------------------------------------------- beginning
+class Validation(Protocol):
+    """What the loop asks of a train script's validation."""
 
-
-@contextlib.contextmanager
-def open_run(args: RunArguments):
-    """The accelerator, and the output folder held for this run alone; with `--restart` an earlier run in it is first
-    moved aside. What the user has to mend ends the script with one line: a wrong option here, a full disk anywhere."""
-    with contextlib.ExitStack() as held:
-
-        def take_folder():
-            if args.restart and (aside := move_aside(args.output_dir)):
-                print(f"moved the earlier run to {aside}", flush=True)
-            held.enter_context(RunLock(args.output_dir))
-
-        with user_errors():
-            accelerator = create_accelerator(args)
-            on_main_process(accelerator, take_folder)
-        try:
-            yield accelerator
-        except OSError as error:
-            print_error(one_line(error))
-            raise SystemExit(2) from None
-
-
-def seed_from(*numbers: int) -> int:
-    """A seed that depends on all the numbers, the same on every machine."""
-    numbers = (len(numbers), *numbers)  # or (1, 2) and (1, 2, 0) would be one
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any) -> dict:
-    """What makes a run this run: a resumed one has to agree in all of it.
-
-    `max_steps` is part of it only where the learning rate of earlier steps depends on it: a constant schedule may
-    grow until its cooldown begins (see `training.run.resume.newest_checkpoint`).
-    """
-    fields = ["seed", "global_batch_size", "optimizer", "learning_rate", "matrix_learning_rate", "weight_decay"]
-    fields += ["beta1", "beta2", "schedule", "warmup_steps", "cooldown_steps", "final_learning_rate"]
-    fields += ["max_grad_norm", "layer_decay", "ema_decay"]
-    if args.schedule != "constant":
-        fields.append("max_steps")
-    config = model.config.to_dict()
-    for key in ("transformers_version", "_name_or_path", "auto_map", "architectures", "zoo_version"):
-        config.pop(key, None)
-    return {"data": fingerprint, "model": config, **{name: getattr(args, name) for name in fields}, **more}
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the measured values (`eval_loss`, ...) of the prepared model, which is in evaluation mode. Every
+        process calls it; the values of the first process count."""
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -114,40 +77,42 @@ def train(
     accelerator: Accelerator,
     model: nn.Module,
     data: TrainingData,
-    evaluate: Callable[[nn.Module], dict[str, Any]],
+    validation: Validation,
     identity: dict,
     *,
     unit: str,
     row_length: int | None = None,
     monitor: str | None = None,
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    after_step: Callable[[nn.Module, int], None] | None = None,
     rate_scales: dict[str, float] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains until `args.max_steps`, from the newest sound checkpoint in the output folder if there is one.
 
     Args:
-        evaluate: from the prepared model, on every process, to the measured values (`eval_loss`, ...); those of the
-            first process count.
-        identity: from `identify`.
+        identity: from `training.run.folder.identify`.
         unit: what `data.num_units` counts, in the plural: "tokens" are logged as `tokens_per_second`.
-        row_length: how many units a sample has room for; the part that was used is logged as `fill`.
-        monitor: the measured value that says which evaluation was the best. Of one whose name ends in "loss",
-            "perplexity" or "error" less is better, of any other more. The checkpoint of the best evaluation is kept,
+        row_length: how many units a sample has room for; the used part is logged as `fill`.
+        monitor: the measured value that says which evaluation was the best. If its name ends in "loss",
+            "perplexity" or "error" less is better, otherwise more. The checkpoint of the best evaluation is kept,
             and after `args.patience` evaluations in a row without a better one the training ends.
-        augment: from a batch of `data`, once it is on the device, to the model's inputs. It draws nothing: random
+        augment: turns a batch of `data`, once it is on the device, into the model's inputs. It draws nothing: random
             numbers are in the batch.
-        rate_scales: what to multiply the learning rate of a module by, by its name in the bare model.
+        after_step: called on every process with the prepared model and the step (from 0) when the optimizers have
+            moved the weights, before the moving average takes them in and before anything is saved or measured. What
+            it changes in the model (a teacher's weights, say) must depend on the weights and the step alone.
+        rate_scales: factors of the learning rate of modules, by their names in the bare model.
 
     Returns:
         The model, with averaged weights where there is a moving average, and the values measured with these weights.
-        They are the last ones, or with `monitor` those of the best evaluation, whose step is then `best_step`.
+        Without `monitor` these are the last weights, with it those of the best evaluation, whose step is `best_step`.
 
     Raises:
         SystemExit: the folder holds another run or only damaged checkpoints (code 2, nothing written), the run was
             asked to stop (code 0, saved), or a loss is not finite (code 3).
     """
     output_dir = Path(args.output_dir)
-    identity = {**identity, "mixed_precision": accelerator.mixed_precision}  # as the launcher may have it, too
+    identity = {**identity, "mixed_precision": accelerator.mixed_precision}  # the launcher may have set it
     stop = StopRequest()
     if args.gradient_checkpointing:
         # transformers 5.24 renamed the method.
@@ -173,39 +138,70 @@ def train(
             raise ValueError("patience waits for a better evaluation, which this script does not define: leave it at 0")
         on_main_process(accelerator, lambda: check_identity(output_dir, identity))
         progress = resume(accelerator, args, checkpoints, model, optimizers, ema, monitor)
+        log = MetricsLog(accelerator, args, output_dir, progress, unit, row_length)
     best = progress["best"]
     costs = Costs(accelerator, progress)
-    log = MetricsLog(accelerator, args, output_dir, progress, unit, row_length)
     shares = micro_batches(args, accelerator.process_index, accelerator.num_processes)
-
-    def measure() -> dict[str, Any]:
-        torch.manual_seed(seed_from(args.seed, progress["step"]))
-        model.eval()
-        results = evaluate(model)
-        model.train()
-        return on_main_process(accelerator, lambda: results)  # all processes are to decide the same
+    results: dict[str, Any] = {}
 
     def has_ended() -> bool:
         return progress["step"] == args.max_steps or 0 < args.patience <= best["num_worse"]
+
+    def is_evaluated(step: int) -> bool:
+        return step == args.max_steps or (args.eval_every > 0 and step % args.eval_every == 0)
 
     def save():
         costs.write(progress)
         tensors, state = gather_training_state(model, [optimizer.optimizer for optimizer in optimizers])
         tensors |= {"ema": ema.state_dict()} if ema else {}
         state |= {"progress": progress, "max_steps": args.max_steps}
-        with user_errors():  # or the full disk of one process would leave the others waiting
+        with user_errors():  # otherwise the full disk of one process would leave the others waiting
             step, files = progress["step"], data.external_files()
             on_main_process(accelerator, lambda: checkpoints.save(step, tensors, state, files, best["step"]))
 
-    results: dict[str, Any] = {}
+    def measure() -> dict[str, Any]:
+        torch.manual_seed(seed_from(args.seed, progress["step"]))
+        model.eval()
+        measured = validation.measure(model)
+        model.train()
+        return on_main_process(accelerator, lambda: measured)  # all processes have to decide the same
+
+    def evaluate():
+        """Measures the step that was saved last, and compares it with the best one."""
+        nonlocal results
+        with ema.swap() if ema else contextlib.nullcontext():
+            results = measure()
+        progress["evaluated_step"] = progress["step"]
+        log.write_evaluation(results)
+        if monitor:
+            compare_with_best(best, progress["step"], results)
+        if has_ended():
+            costs.write(progress)
+            if progress["num_steps"]:  # out of patience: the steps since the last line
+                log.write_training()
+        end_if_asked(*sum_over_processes(accelerator, [bool(stop)]))
+
+    def end_if_asked(num_asked: float):
+        """Ends the run, whose last step is saved, if any process was asked to stop."""
+        if num_asked:
+            log.close()
+            accelerator.print(
+                f"stopped by {stop.reason or 'another process'} after step {progress['step']}; "
+                "the same command goes on from there"
+            )
+            accelerator.end_training()
+            raise SystemExit(0)
+
     model.train()
     if isinstance(model, DistributedDataParallel):
         settle_buckets(accelerator, model, data, data.batch(progress["step"], shares[0]), augment)
+    if is_evaluated(progress["step"]) and progress["evaluated_step"] != progress["step"]:
+        evaluate()  # the run ended between the save of this step and its evaluation
     while not has_ended():
         started, step = time.perf_counter(), progress["step"]
         learning_rate = set_learning_rate(args, optimizers, step)
         losses, num_units = accumulate_gradients(args, accelerator, model, forward, data, step, shares, augment)
-        loss, stops = sum_over_processes(accelerator, [sum(torch.stack(losses).tolist()), bool(stop)])
+        loss, num_asked = sum_over_processes(accelerator, [sum(torch.stack(losses).tolist()), bool(stop)])
         if not math.isfinite(loss):
             refuse_non_finite(accelerator, args, step, shares, losses)
         gradient_norm = None
@@ -217,33 +213,22 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if after_step:
+            after_step(model, step)
         if ema:
             ema.update(step)
 
         progress["step"] = step + 1
         costs.update()
-        log.add(loss, num_units, time.perf_counter() - started)
+        log.add(loss, num_units, time.perf_counter() - started, learning_rate, gradient_norm)
         if has_ended() or progress["step"] % args.log_every == 0:
-            log.write_training(learning_rate, gradient_norm)
-        if has_ended() or (args.eval_every and progress["step"] % args.eval_every == 0):
-            with ema.swap() if ema else contextlib.nullcontext():
-                results = measure()
-            log.write_evaluation(results)
-            if monitor:
-                compare_with_best(best, progress["step"], results)
-            if has_ended() and progress["num_steps"]:  # out of patience: the steps since the last line
-                log.write_training(learning_rate, gradient_norm)
-        is_best = best["step"] == progress["step"]
-        if stops or is_best or has_ended() or (args.save_every and progress["step"] % args.save_every == 0):
+            log.write_training()
+        is_saved = args.save_every > 0 and progress["step"] % args.save_every == 0
+        if num_asked or is_saved or is_evaluated(progress["step"]):
             save()
-        if stops:
-            log.close()
-            accelerator.print(
-                f"stopped by {stop.reason or 'another process'} after step {progress['step']}; "
-                "the same command goes on from there"
-            )
-            accelerator.end_training()
-            raise SystemExit(0)
+        end_if_asked(num_asked)
+        if is_evaluated(progress["step"]):
+            evaluate()
 
     log.close()
     stop.close()
@@ -251,26 +236,10 @@ def train(
         results = return_to_best(accelerator, args, checkpoints, progress, model, ema) or results
     if ema:
         ema.move_into_model()
-    if not results:  # the run was complete before: measure again, nothing is trained
+    if not results:  # an earlier version evaluated before it saved: measure again, nothing is trained
         results = measure()
     model.eval()
     return model, {**results, **measured_costs(progress)}
-
-
-def set_learning_rate(args: RunArguments, optimizers: list[torch.optim.Optimizer], step: int) -> float:
-    """Sets every group's learning rate for this step, and returns that of a group with the run's `learning_rate`."""
-    factor = learning_rate_factor(
-        step,
-        schedule=args.schedule,
-        max_steps=args.max_steps,
-        warmup_steps=args.warmup_steps,
-        cooldown_steps=args.cooldown_steps,
-        final=args.final_learning_rate,
-    )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-    return args.learning_rate * factor
 
 
 def accumulate_gradients(

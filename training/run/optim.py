@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from training.run.arguments import RunArguments
+
 IN_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 IN_STEM = re.compile(r"(^|\.)stem\.\d+\.")  # the convolutions before a ViT's patches
 
@@ -255,6 +257,22 @@ def learning_rate_factor(
     if schedule == "linear":
         return final + (1 - final) * (1 - progress)
     raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', not {schedule!r}")
+
+
+def set_learning_rate(args: RunArguments, optimizers: list[Optimizer], step: int) -> float:
+    """Sets the learning rate of every group for this step, and returns that of groups whose peak is `learning_rate`."""
+    factor = learning_rate_factor(
+        step,
+        schedule=args.schedule,
+        max_steps=args.max_steps,
+        warmup_steps=args.warmup_steps,
+        cooldown_steps=args.cooldown_steps,
+        final=args.final_learning_rate,
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+    return args.learning_rate * factor
 
 
 class EMA:

@@ -134,6 +134,11 @@ def fastest_attention(device: str) -> str:
     return "eager" if device == "cpu" and has_avx512 else "sdpa"
 
 
+def is_local_main_process() -> bool:
+    """Returns whether this is the first process of its machine; for code that has no `Accelerator`."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """Calls `action` on the main process, and gives every process what it returns.
 

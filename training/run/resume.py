@@ -16,13 +16,15 @@ def resume(
 ) -> dict[str, Any]:
     """Loads the newest sound checkpoint on every process; returns the progress that it holds, or a fresh one."""
     best = {"monitor": monitor, "step": None, "value": None, "results": {}, "num_worse": 0}
-    progress = {"step": 0, "best": best}
+    progress = {"step": 0, "evaluated_step": 0, "best": best}
     progress |= {"seconds": 0.0, "processor_seconds": 0.0, "joules": {"CPU": 0.0, "GPU": 0.0}}  # see Costs
     progress |= {"loss_sum": 0.0, "num_units": 0.0, "num_steps": 0, "interval_seconds": 0.0}  # see MetricsLog
+    progress |= {"learning_rate": None, "gradient_norm": None}
     if checkpoint := on_main_process(accelerator, lambda: newest_checkpoint(args, checkpoints)):
         restore(accelerator, checkpoint, model, [optimizer.optimizer for optimizer in optimizers], ema)
-        uncounted = {"processor_seconds": None, "joules": {"CPU": None, "GPU": None}}  # by an earlier version
-        progress |= uncounted | checkpoint.state["progress"]
+        # Earlier versions did not count these costs, and evaluated a step before they saved it.
+        progress |= {"processor_seconds": None, "joules": {"CPU": None, "GPU": None}, "evaluated_step": checkpoint.step}
+        progress |= checkpoint.state["progress"]
         if progress["best"]["monitor"] != monitor:  # what was best by another measure is no match for this one
             progress["best"] = best
         if progress["best"]["step"] not in (None, progress["step"]):

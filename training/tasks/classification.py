@@ -1,168 +1,25 @@
-"""What every task of fine-tuning is made of, and the three that classify: texts, pairs of texts, tagged words.
+"""The tasks that classify or score: texts, pairs of texts, tagged words."""
 
-rows = task.rows(task.train, tokenizer, max_length=128)  # {"input_ids": (T,), ..., "labels": ...} each
-batch = collate(rows[:8], tokenizer.pad_token_id)  # tensors, padded to the longest row
-predictions = task.predictions(model(**batch), batch)
-answers = task.answers(task.train[:8], rows[:8], predictions)
-task.measure(task.train[:8], answers)  # {"accuracy": ..., "f1": ...}
-"""
-
-import hashlib
-import json
 import math
 import textwrap
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from training.data.documents import Corpus, Documents, fingerprint_of
-from training.data.tables import Table
 from training.metrics import Classification, Entities, Regression, entities, load_metric
+from training.tasks.task import (
+    Task,
+    as_label,
+    as_text,
+    chunks,
+    list_column,
+    text_column,
+    token_arrays,
+)
 from training.text.tokens import IGNORED_LABEL
 
 
-class Columns(NamedTuple):
-    """The names of the columns of a task, whatever they are called in its data."""
-
-    text: str
-    pair: str | None
-    label: str
-
-
-def chunks(examples: list, size: int = 1000) -> Iterator[list]:
-    for first in range(0, len(examples), size):
-        yield examples[first : first + size]
-
-
-def token_arrays(encodings, number: int) -> dict[str, np.ndarray]:
-    """Row `number` of what a tokenizer returned."""
-    names = [name for name in ("input_ids", "token_type_ids") if name in encodings]
-    return {name: np.array(encodings[name][number], np.int32) for name in names}
-
-
-class Task(ABC):
-    """What a task is made of: its examples, the rows a model reads of them, and the measures of its answers.
-
-    A child gives the abstract methods and the names below. An example is a dict of plain values, labels by name;
-    `notes` collects what a user should know about the data.
-    """
-
-    head: str  # of the model: "SequenceClassification"
-    pipeline: str  # the key of `snippets.USES`
-    monitor: str  # the measure that decides which weights are best
-    label_names: list[str] | None  # the name of each class id
-
-    def __init__(
-        self,
-        train: Table,
-        validation: Table | None,
-        columns: Columns,
-        *,
-        source: str,
-        label_names: list[str] | None = None,
-        validation_fraction: float = 0.1,
-    ):
-        self.columns, self.source, self.license = columns, source, train.license
-        self.notes: list[str] = []
-        self.name_labels(train, label_names)
-        self.train = self.examples(train)
-        if validation is not None:
-            self.validation = self.examples(validation, "validation")
-        else:
-            self.train, self.validation = hold_out(self.train, self.key, validation_fraction, train.parts[0][0])
-        self.fingerprint = fingerprint_of(
-            type(self).__name__, self.label_names, *(_digest(split) for split in (self.train, self.validation))
-        )
-
-    def name_labels(self, train: Table, given: list[str] | None):
-        """Sets `label_names`, before the first example is read; a task without classes has none."""
-        self.label_names = None
-
-    @abstractmethod
-    def examples(self, table: Table, split: str = "training") -> list[dict]:
-        """The table's rows as examples; notes name the split. Raises ValueError naming the file and the row that
-        cannot be one."""
-
-    def key(self, example: dict) -> Any:
-        """What two examples must not share if one of them is held out: their text."""
-        return {name: value for name, value in example.items() if name not in ("label", "tags")}
-
-    @abstractmethod
-    def texts(self, example: dict) -> list[str]:
-        """The texts of an example, to make a tokenizer from."""
-
-    @abstractmethod
-    def rows(self, examples: list[dict], tokenizer, max_length: int, split: str = "training") -> list[dict]:
-        """What a model reads: token ids of at most `max_length`, and their labels, as arrays and numbers. Notes name
-        the split."""
-
-    @abstractmethod
-    def predictions(self, outputs, batch: dict[str, Tensor]) -> list:
-        """What is to be kept of a model's outputs, for each row of the batch, on the CPU."""
-
-    @abstractmethod
-    def answers(self, examples: list[dict], rows: list[dict], predictions: list) -> list:
-        """One answer for each example, in the form of its label, from the predictions for all rows."""
-
-    @abstractmethod
-    def reference(self, example: dict):
-        """The right answer."""
-
-    @abstractmethod
-    def measure(self, examples: list[dict], answers: list) -> dict[str, float]:
-        """The task's measures of the answers, by name."""
-
-    @abstractmethod
-    def show(self, example: dict, answer) -> str:
-        """An example and the answer to it, to be read by a person."""
-
-    def name_classes(self, train: Table, labels: Iterable, given: list[str] | None):
-        """Sets the classes in the order of their ids: as given, or as the data set names them, or else all labels in
-        sorted order (whole numbers by size). Names that do not come from the labels may stand for their numbers."""
-        labels = {_spell(label) for label in labels} - {None}
-        if given is not None and (len(given) < 2 or len(set(given)) < len(given) or "" in given):
-            raise ValueError(f"label_names must be several different names, not {','.join(given)!r}")
-        names = given or train.class_names.get(self.columns.label)
-        by_number = {str(number): name for number, name in enumerate(names or [])}
-        if names is None:
-            names = sorted(labels, key=int if all(name.removeprefix("-").isdecimal() for name in labels) else None)
-        if len(names) < 2:
-            raise ValueError(
-                f"{train.parts[0][0]}: column {self.columns.label!r} needs several different labels, not {names}"
-            )
-        by_name = {name: name for name in names}
-        if not by_number.keys() & by_name.keys():
-            self.class_of = by_number | by_name
-        else:  # names like "1", "2", "3": one reading for the whole column; a Hub data set holds numbers
-            is_name = given is not None and self.columns.label not in train.class_names and labels <= by_name.keys()
-            self.class_of = by_name if is_name else by_number
-        self.label_names = names
-
-    def class_name(self, label, where: str) -> str:
-        """The class that a label means, by its name or number."""
-        if (name := _spell(label)) in self.class_of:
-            return self.class_of[name]
-        shown = ", ".join(self.label_names[:20]) + (", ..." if len(self.label_names) > 20 else "")
-        raise ValueError(f"{where}: label {label!r} is none of the {len(self.label_names)} classes: {shown}")
-
-    def corpus(self) -> Corpus:
-        """All texts of the task, to make a tokenizer from."""
-
-        def documents(examples: list[dict]) -> Documents:
-            return Documents.of(lambda: (text for example in examples for text in self.texts(example)))
-
-        return Corpus(documents(self.train), documents(self.validation), self.fingerprint, self.source, self.license)
-
-    def note(self, count: int, of: list, what: str, split: str):
-        if count:
-            self.notes.append(f"{split}: {count} of {len(of)} {what}")
-
-
 class TextTask(Task):
-    """A text, or a pair of texts, and one of several classes."""
+    """Classifies a text or a pair of texts."""
 
     head = "SequenceClassification"
     monitor = "eval_accuracy"
@@ -229,12 +86,12 @@ class TextTask(Task):
 
 
 class RegressionTask(TextTask):
-    """A text, or a pair of texts, and a number."""
+    """Predicts a number from a text or a pair of texts."""
 
     monitor = "eval_pearson"
 
     def name_labels(self, train, given):
-        self.label_names = [self.columns.label]  # of the one output
+        self.label_names = [self.columns.label]  # the name of the one output
 
     def label(self, value, where):
         try:
@@ -263,10 +120,10 @@ class RegressionTask(TextTask):
 
 
 class TaggingTask(Task):
-    """Words, and a tag for each: entities in IOB tags, parts of speech.
+    """Gives each word a tag, such as an entity's IOB tag or a part of speech.
 
-    The model reads the words as one text with spaces between them, as the pipeline will, and its answer for a word is
-    that at the word's first token. A word that is cut off or has no token of its own is answered "O".
+    The model reads the words as one text with spaces between them, as the pipeline will. Its answer for a word is its
+    answer at the word's first token. A word that is cut off or has no token of its own gets the answer "O".
     """
 
     head = "TokenClassification"
@@ -304,10 +161,10 @@ class TaggingTask(Task):
                 labels = np.full(len(encoding.ids), IGNORED_LABEL, np.int32)
                 scored, first_character = [], 0
                 for index, word in enumerate(example["words"]):
-                    places = map(encoding.char_to_token, range(first_character, first_character + len(word)))
-                    place = next((place for place in places if place is not None), None)
-                    if place is not None and labels[place] == IGNORED_LABEL:
-                        labels[place] = ids[example["tags"][index]]
+                    tokens = map(encoding.char_to_token, range(first_character, first_character + len(word)))
+                    token = next((token for token in tokens if token is not None), None)
+                    if token is not None and labels[token] == IGNORED_LABEL:
+                        labels[token] = ids[example["tags"][index]]
                         scored.append(index)
                     first_character += len(word) + 1
                 num_cut += bool(encoding.overflowing)
@@ -342,68 +199,3 @@ class TaggingTask(Task):
 
         text = textwrap.shorten(" ".join(example["words"]), 200)
         return f"{text}\n  -> {listed(answer) or 'nothing'} (labelled {listed(example['tags']) or 'nothing'})"
-
-
-# ------------------------------------------------------------------------------------------------ columns and labels
-
-
-def text_column(table: Table, name: str, option: str) -> list[str]:
-    return [as_text(value, name, table.where(row)) for row, value in enumerate(table.column(name, option))]
-
-
-def list_column(table: Table, name: str, option: str) -> list[list]:
-    values = table.column(name, option)
-    for row, value in enumerate(values):
-        if not isinstance(value, list):
-            raise ValueError(f"{table.where(row)}: {name!r} must be a list, with one entry a word, not {value!r}")
-    return values
-
-
-def as_text(value, column: str, where: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} holds {type(value).__name__}, not text")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {column!r} is not valid Unicode ({error}); repair it") from error
-    return value or ""
-
-
-def as_label(value, column: str, where: str) -> str | float | None:
-    if value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {column!r} must hold single labels, a text or a number each, not {value!r}")
-    return value
-
-
-def _spell(label) -> str | None:
-    """A label as text, 1.0 as "1"; None where there is none."""
-    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
-        return None
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
-
-
-# ------------------------------------------------------------------------------------------------------------ splits
-
-
-def hold_out(
-    examples: list[dict], key: Callable[[dict], Any], fraction: float, source: str
-) -> tuple[list[dict], list[dict]]:
-    """Examples to train on and to validate on: those whose keys have the smallest sha256, so that neither the order of
-    the file nor duplicates matter. Raises ValueError if nothing would be left on one side."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, not {fraction}")
-    digests = [_digest([key(example)]) for example in examples]
-    last = sorted(digests)[max(1, round(fraction * len(digests))) - 1]
-    parts = [], []
-    for digest, example in zip(digests, examples, strict=True):
-        parts[digest <= last].append(example)
-    if not parts[0]:
-        raise ValueError(f"{source}: too few different rows to hold any out; give --validation_data")
-    return parts
-
-
-def _digest(values: Iterable) -> str:
-    total = hashlib.sha256()
-    for value in values:
-        total.update(json.dumps(value, sort_keys=True).encode())
-    return total.hexdigest()

@@ -1,4 +1,4 @@
-"""The model and the tokenizer that are fine-tuned on a task: a BERT or a GPT, from a checkpoint or from nothing."""
+"""The model and the tokenizer to fine-tune on a task: a BERT or a GPT, from a checkpoint or new."""
 
 import torch
 from tokenizers import Tokenizer, processors
@@ -7,12 +7,17 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 import hf_models
 from hf_models.zoo import find_entry
 from training.models import create_text_model, is_checkpoint
-from training.tasks.classification import RegressionTask, Task
+from training.tasks.classification import RegressionTask
+from training.tasks.task import Task
 from training.text.tokenizer import make_tokenizer
 
 
 def find_family(model: str) -> str:
-    """Whether a name of the zoo or a checkpoint is a "Bert" or a "GPT". Raises ValueError if it is neither."""
+    """Finds out whether a name of the zoo or a checkpoint is a "Bert" or a "GPT".
+
+    Raises:
+        ValueError: it is neither, or the checkpoint does not load.
+    """
     families = {"zoo_bert": "Bert", "bert": "Bert", "zoo_gpt": "GPT", "gpt2": "GPT"}
     if is_checkpoint(model):
         try:
@@ -27,13 +32,15 @@ def find_family(model: str) -> str:
 
 
 def end_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A GPT's tokenizer that ends every text with the end-of-text token, which also stands between the two of a pair:
-    the place the answer is read from (Radford et al. 2018, section 3.3). Without it an empty text would have none."""
+    """Makes a GPT's tokenizer end every text, and separate the texts of a pair, with the end-of-text token.
+
+    A GPT's answer is read at the last token (Radford et al. 2018, section 3.3), so that even an empty text has one.
+    """
     end = tokenizer.eos_token
     if end is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token: set its eos_token")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    if backend.encode("").tokens != [end]:  # else it is of a checkpoint that was fine-tuned here
+    if backend.encode("").tokens != [end]:  # else the tokenizer of a fine-tuned checkpoint has it already
         joined = processors.TemplateProcessing(
             single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
         )
@@ -54,8 +61,12 @@ def end_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def create_tokenizer(
     model: str, kind: str | None, task: Task, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a kind that `make_tokenizer` knows; by default the checkpoint's, or for a model that starts from
-    nothing one made from the texts of the task."""
+    """Makes or loads the tokenizer of a task's model.
+
+    Args:
+        kind: as `make_tokenizer` takes it. None: the checkpoint's tokenizer, or for a new model one that is made from
+            the texts of the task.
+    """
     family = find_family(model)
     made = "wordpiece" if family == "Bert" else "bpe"
     kind = kind or (model if is_checkpoint(model) else made)
@@ -72,7 +83,9 @@ def create_task_model(
     config: str | None = None,
     class_weights: list[float] | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint with a head for the task, new unless it has one of that size, or a fresh model of the zoo.
+    """Loads a checkpoint, or creates a new model of the zoo, with a head for the task.
+
+    A checkpoint keeps its head if the head has the right size.
 
     Raises:
         ValueError: there is no such model or no such head, or the model has fewer tokens or positions than are needed.
@@ -83,7 +96,7 @@ def create_task_model(
         raise ValueError(f"a {family} has no head for this task ({task.pipeline}): start from a BERT")
     pad = tokenizer.pad_token_id
     if pad == tokenizer.eos_token_id:
-        pad = None  # or without a mask a GPT would take the end of the text, which it answers at, for padding
+        pad = None  # a GPT answers at the end-of-text token and, without a mask, would take it for padding
     fields = {"class_weights": class_weights, "pad_token_id": pad}
     if task.label_names:
         fields["id2label"] = dict(enumerate(task.label_names))

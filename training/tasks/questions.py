@@ -1,4 +1,7 @@
-"""Extractive question answering as a task: SQuAD's questions, windows over long contexts, answers in words."""
+"""Extractive question answering as a task: SQuAD's questions, windows over long contexts, answers in words.
+
+T tokens of a window, W windows of a question
+"""
 
 import textwrap
 
@@ -9,18 +12,17 @@ from torch.nn.utils.rnn import pad_sequence
 from hf_models.question_answering import best_answers, question_windows
 from training.data.tables import Table
 from training.metrics import QuestionAnswering, load_metric
-from training.tasks.classification import Columns, Task, as_text, chunks, text_column
+from training.tasks.task import Columns, Task, as_text, chunks, text_column
 
 
 class QuestionTask(Task):
-    """A question, and the span of a context that answers it (Rajpurkar et al. 2016; 2018 with questions that have no
-    answer).
+    """Finds the span of a context that answers a question (Rajpurkar et al. 2016, and 2018 for unanswerable ones).
 
     Args:
         unanswerable: whether a question may have no answer, as in SQuAD v2.
-        stride: tokens that two windows over a long context share. Default: a third of a window.
-        max_answer_tokens: longest answer that is looked for.
-        null_threshold: how far "no answer" has to score above the best span to be the answer. Default: 0 where a
+        stride: tokens that two neighbouring windows over a long context share; None: a third of a window.
+        max_answer_tokens: the longest answer that is looked for.
+        null_threshold: "no answer" is the answer if it scores above the best span by more than this; None: 0 where a
             question may have no answer.
     """
 
@@ -78,9 +80,10 @@ class QuestionTask(Task):
         return [example["question"], example["context"]]
 
     def rows(self, examples, tokenizer, max_length, split="training"):
-        """One row for each window; `example` is the index of its question.
+        """Makes one row for each window. Its `example` is the index of the question.
 
-        A window that does not hold the whole answer points at its first token, [CLS] (Devlin et al. 2019, section 4.3).
+        The answer in a window that does not hold all of it is the window's first token, [CLS] (Devlin et al. 2019,
+        section 4.3).
         """
         rows, num_before = [], 0
         stride = max_length // 3 if self.stride is None else self.stride
@@ -129,8 +132,14 @@ class QuestionTask(Task):
 
 
 def read_answers(value, column: str, where: str) -> list[tuple[str, int | None]]:
-    """Texts without spaces around them and the characters they begin at, from any form that SQuAD's answers come in:
-    {"text": [...], "answer_start": [...]}, a list of {"text", "answer_start"}, or one text."""
+    """Reads answers in any form that SQuAD's come in.
+
+    Args:
+        value: {"text": [...], "answer_start": [...]}, a list of {"text", "answer_start"}, or one text.
+
+    Returns:
+        Each answer without spaces around it, and the character of the context that it begins at.
+    """
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
@@ -151,8 +160,12 @@ def read_answers(value, column: str, where: str) -> list[tuple[str, int | None]]
 
 
 def find_answer(context: str, answers: list[tuple[str, int | None]]) -> tuple[int, int] | tuple[None, None]:
-    """The characters from which to which the first answer goes that is in the context: as the data says, or, where
-    that is wrong, at its first place; twice None if none of them is there."""
+    """Finds the first answer that is in the context.
+
+    Returns:
+        The characters at which it begins and ends: where the data says, or if that is wrong where it occurs first.
+        (None, None) if no answer is in the context.
+    """
     for text, start in answers:
         if start is None or start < 0 or context[start : start + len(text)] != text:
             start = context.find(text)
@@ -162,14 +175,17 @@ def find_answer(context: str, answers: list[tuple[str, int | None]]) -> tuple[in
 
 
 def answer_tokens(offsets: np.ndarray, example: dict) -> tuple[int, int]:
-    """The first and the last token of the answer in a window with these (T, 2) characters; (0, 0) if it is not all
-    in there."""
+    """Finds the first and the last token of an answer in a window; (0, 0) if the window does not hold all of it.
+
+    Args:
+        offsets: (T, 2), the characters at which each token begins and ends.
+    """
     if example.get("start") is None:
         return 0, 0
     start, end = example["start"], example["end"]
     firsts, lasts = offsets.T
     is_context = lasts > firsts
-    places = np.flatnonzero(is_context & (lasts > start) & (firsts < end))
-    if len(places) == 0 or firsts[is_context][0] > start or lasts[is_context][-1] < end:
+    tokens = np.flatnonzero(is_context & (lasts > start) & (firsts < end))
+    if len(tokens) == 0 or firsts[is_context][0] > start or lasts[is_context][-1] < end:
         return 0, 0
-    return int(places[0]), int(places[-1])
+    return int(tokens[0]), int(tokens[-1])

@@ -1,4 +1,4 @@
-"""What to fine-tune on: `--task` and `--data` to a task with its examples.
+"""Reads the task that `--task` and `--data` name.
 
 task = read_task("pair", "mrpc")  # GLUE's, SQuAD and CoNLL 2003 by name; or a file, a folder, a Hub data set
 task.train[0]  # {"text": "Amrozi accused ...", "pair": "Referring to ...", "label": "equivalent"}
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.data.tables import Table, read_embedded, read_hub, read_tables
-from training.tasks.classification import Columns, RegressionTask, TaggingTask, Task, TextTask
+from training.tasks.classification import RegressionTask, TaggingTask, TextTask
 from training.tasks.questions import QuestionTask
+from training.tasks.task import Columns, Task
 
 TASKS = {"classify": TextTask, "pair": TextTask, "regress": RegressionTask, "tag": TaggingTask, "qa": QuestionTask}
 
 
 class Benchmark(NamedTuple):
-    """A data set that people compare on: where it is, what its columns are called, by what it is measured."""
+    """A data set of the literature: its name on the Hub, its columns, and the measure that counts."""
 
     kind: str
     hub: str
@@ -55,7 +56,7 @@ BENCHMARKS = {
     ),
 }
 
-# The names that columns usually have; they are only taken where a single one is there.
+# The usual names of columns. One is taken only if the data has exactly one of them.
 TEXTS = ("sentence", "text")
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -86,21 +87,21 @@ def read_task(
     unanswerable: bool = False,
     **options,
 ) -> Task:
-    """The task of this kind on this data.
+    """Reads the examples of a task.
 
     Args:
         kind: "classify", "pair", "regress", "tag" or "qa".
         data: one of `BENCHMARKS`, "embedded" (to classify), or what `tables.read_tables` reads.
-        validation_data: a file to validate on; not for `BENCHMARKS` and "embedded", which also know their columns.
-        text_column, pair_column, label_column: for "qa" those of question, context and answers. By default the usual
-            names.
+        validation_data: a file to validate on. `BENCHMARKS` and "embedded" have their own, and their own columns.
+        text_column, pair_column, label_column: names of columns; for "qa" the question, the context and the answers.
+            None: the usual names.
         label_names: the classes in the order of their ids.
-        validation_fraction: held out where the data has no validation split.
-        unanswerable: for "qa", whether a question may have no answer; true for data that says so itself.
-        **options: of the task's class.
+        validation_fraction: the part to hold out where the data has no validation split.
+        unanswerable: for "qa", whether a question may have no answer; data that says so itself needs no option.
+        **options: options of the task's class.
 
     Raises:
-        ValueError: what is missing, ambiguous or out of range, naming file and row.
+        ValueError: something is missing, ambiguous or out of range; the message names file and row.
     """
     benchmark = None if Path(data).exists() else BENCHMARKS.get(data)
     monitor = None
@@ -135,10 +136,10 @@ def read_task(
 
 
 def choose_columns(kind: str, table: Table, given: Columns) -> Columns:
-    """The columns of a task: those that were named, and for the others the one usual name that the table has.
+    """Chooses the columns of a task: the given ones, and for the others the one usual name that the table has.
 
     Raises:
-        ValueError: none or several have usual names; the message lists the columns there are.
+        ValueError: no column has a usual name, or several have; the message lists the columns of the table.
     """
 
     def is_there(names) -> bool:

@@ -17,6 +17,7 @@ import torch
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
+from training.run.seeds import generator
 from training.text.tokenizer import missing_tokens, separator_id
 from training.text.tokens import IGNORED_LABEL
 
@@ -148,7 +149,7 @@ class MaskedRows:
         return np.where(length < MIN_PAIR, 2, self.num_special)
 
     def _generator(self, number: int, purpose: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([*self.seed, number, purpose]))
+        return generator(*self.seed, number, purpose)
 
     def _lay_out(self, epoch: int) -> "_Layout":
         """The documents of an epoch end to end, parted at the cuts."""

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from training.data.documents import Corpus, fingerprint_of
+from training.data.documents import Corpus
+from training.data.fingerprints import fingerprint_of
 from training.data.shards import ShardFolder
 from training.text.tokenizer import encode_documents, tokenizer_fingerprint
 from training.text.tokens import TokenRows, token_folder, token_type

@@ -9,7 +9,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.data.documents import Corpus, fingerprint_of
+from training.data.documents import Corpus
+from training.data.fingerprints import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
 GPT_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)

@@ -12,7 +12,6 @@ Dimensions: B rows of a batch, T tokens of a row (the context length).
 
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,11 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from training.data.documents import Corpus, Documents, fingerprint_of
-from training.run.files import write_atomic
+from training.data.documents import Corpus, Documents
+from training.data.fingerprints import fingerprint_of
+from training.run.folder import file_record, write_atomic
+from training.run.processes import is_local_main_process
+from training.run.seeds import generator
 from training.text.tokenizer import encode_documents, tokenizer_fingerprint
 
 IGNORED_LABEL = -100
@@ -106,7 +108,7 @@ def _write_tokens(path: Path, documents: Documents, tokenizer, dtype: str, bar: 
             bar.update(size)
             yield text
 
-    with open(path, "w+b") as file:
+    with open(path, "wb") as file:
         for tokens in encode_documents(tokenizer, counted()):
             num_documents += len(tokens) > 0
             num_tokens += len(tokens)
@@ -116,17 +118,12 @@ def _write_tokens(path: Path, documents: Documents, tokenizer, dtype: str, bar: 
             file.truncate(num_tokens * np.dtype(dtype).itemsize)
         file.flush()
         os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"num_documents": num_documents, "num_tokens": num_tokens, "num_bytes": num_bytes, "sha256": digest}
+    sizes = {"num_documents": num_documents, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    return {**sizes, "sha256": file_record(path)["sha256"]}
 
 
 def token_type(tokenizer: PreTrainedTokenizerFast) -> str:
     return "uint16" if len(tokenizer) <= 2**16 else "uint32"
-
-
-def is_local_main_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 # --------------------------------------------------------------------------------------------------------- rows
@@ -169,7 +166,7 @@ class TokenRows:
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch, *self._shard]))
+        random = generator(self.seed, epoch, *self._shard)
         return int(random.integers(self._num_offsets)), random.permutation(self.num_rows)
 
     def rows(self, first: int, count: int) -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.training.corpora import LINES, STORY, write_jsonl, write_text
-from training.data import documents
 from training.data.documents import read_documents
+from training.data.embedded import embedded_documents
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"))
 SHAKESPEARE = REAL_DATA / "tinyshakespeare" / "input.txt"
@@ -26,7 +26,7 @@ def test_embedded_text_is_real_and_the_same_every_time():
     assert any("Read and write ZIP files" in t for t in train + validation)
     assert not set(train) & set(validation)
     assert corpus.license == "PSF-2.0" and "CPython" in corpus.source
-    documents._embedded_documents.cache_clear()
+    embedded_documents.cache_clear()
     again = read_documents("embedded")
     assert again.fingerprint == corpus.fingerprint and list(again.train) == train
 
@@ -84,15 +84,6 @@ def test_a_folder_names_its_splits(tmp_path):
     assert list(corpus.train) == ["to learn"] and list(corpus.validation) == ["first", "second"]
     (tmp_path / "train.txt").rename(tmp_path / "testament.txt")
     assert list(read_documents(str(tmp_path)).train) == ["about it", "to learn"]
-
-
-@pytest.mark.parametrize(
-    "name, split",
-    [("train-1.csv", "train"), ("Training", "train"), ("valid.txt", "val"), ("validation", "val"), ("dev.jsonl", "val"),
-     ("development", "val"), ("test_b.txt", "test"), ("testament.txt", ""), ("device.txt", ""), ("notes.txt", "")],
-)  # fmt: skip
-def test_a_name_begins_with_its_split(name, split):
-    assert documents.split_of(name) == split
 
 
 def test_development_documents_are_not_trained_on(tmp_path):

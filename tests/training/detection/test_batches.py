@@ -8,7 +8,6 @@ from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from tests.training import boxes as written
-from training.detection import batches as detection_batches
 from training.detection.batches import DetectionBatches, DetectionTransform, evaluation_batches
 from training.detection.read import read_detection
 
@@ -116,9 +115,6 @@ def test_the_next_step_is_loaded_in_the_background_and_none_behind_the_last(rows
     for step in range(3):
         data.batch(step, range(4))
     assert [step for step, _ in loaded] == [0, 1, 2]
-    for number in range(100):
-        data.ahead.begin(data.rows.aspects, number)
-    assert len(data.ahead._begun) <= detection_batches.MAX_PREFETCHED
 
 
 def test_denoising_noise_is_there_for_every_group_and_box(rows):
@@ -219,7 +215,7 @@ def test_a_crop_never_leaves_all_boxes_out_and_keeps_only_what_is_to_be_seen(row
         left, top, width, height = placed.box
         assert left >= 0 and top >= 0 and left + width <= 1 + 1e-9 and top + height <= 1 + 1e-9
         assert width * height >= 0.1 - 1e-9 and 3 / 4 - 1e-9 <= width / height <= 4 / 3 + 1e-9
-        assert len(placed.corners) or not len(rows.boxes(index))
+        assert bool(len(placed.corners)) == bool(len(rows.boxes(index)))
         assert (placed.corners >= 0).all() and (placed.corners <= 1).all()
         extent = (placed.corners[:, 2:] - placed.corners[:, :2]) * [width, height]
         areas = (rows.boxes(index)[:, 2:] - rows.boxes(index)[:, :2]).prod(1)

@@ -13,7 +13,7 @@ from tests.training.pictures import content, picture
 from training.detection import validation as detection_validation
 from training.detection.batches import DetectionTransform
 from training.detection.canvases import Canvases
-from training.detection.files import Box, BoxSet
+from training.detection.formats import Box, BoxSet
 from training.detection.read import DetectionRows
 from training.detection.validation import DetectionValidation
 from training.images.rows import BadImageLimit, Decoder

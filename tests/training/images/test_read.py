@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.training.pictures import content, picture, write_classes, write_idx
-from training.images.files import Files
+from training.images.formats import ImageFiles
 from training.images.read import read_images
 from training.images.rows import BadImages
 
@@ -196,8 +196,8 @@ def test_the_fingerprint_covers_images_labels_and_split(tmp_path):
 
 
 def test_a_large_set_is_known_by_sizes_and_first_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.images.files.HASHED_BYTES", 100)
-    monkeypatch.setattr("training.images.files.FIRST_BYTES", 150)
+    monkeypatch.setattr("training.images.formats.HASHED_BYTES", 100)
+    monkeypatch.setattr("training.images.formats.FIRST_BYTES", 150)
     write_classes(tmp_path / "train", {"a": 4, "b": 4})
     write_classes(tmp_path / "val", {"a": 3}, first=3)
     assert read_images(str(tmp_path)).notes[0].startswith("3 of 3 validation images are training images too")
@@ -363,7 +363,7 @@ def test_what_an_image_is_known_by_does_not_depend_on_where_it_lies_even_if_it_c
     for folder in (tmp_path / "here", tmp_path / "there"):
         folder.mkdir()
         picture(0).save(folder / "0.png")
-        digests.append(Files(names, folder).digests())
+        digests.append(ImageFiles(names, folder).digests())
     assert digests[0] == digests[1] and len(set(digests[0])) == 3
 
 

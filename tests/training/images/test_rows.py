@@ -285,9 +285,6 @@ def test_what_was_prefetched_is_not_done_again(monkeypatch, boxes, kind):
     assert torch.equal(rows.images(range(24), boxes, (6, 6)), expected) and len(number_loaded) == 1
     rows.images(range(24), boxes, (6, 6))
     assert len(number_loaded) == 2
-    for number in range(200):  # that nobody comes for
-        rows.prefetch([number % 24], None, (6, 6 + number))
-    assert len(rows._prefetched) <= 64
 
 
 def test_what_goes_wrong_in_the_background_is_told_where_it_is_asked_for():

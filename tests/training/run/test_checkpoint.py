@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from tests.faults.processes import in_a_process
 from training.run import checkpoint as module
-from training.run import files
+from training.run import folder as folder_module
 from training.run.checkpoint import (
     Checkpoints,
     flatten_optimizer_state,
@@ -28,8 +28,7 @@ from training.run.checkpoint import (
     restore_training_state,
     unflatten_optimizer_state,
 )
-from training.run.files import file_record, write_atomic
-from training.run.folder import RunLock, check_identity, move_aside
+from training.run.folder import RunLock, check_identity, file_record, move_aside, write_atomic
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -203,7 +202,7 @@ def test_a_full_disk_at_every_write_keeps_the_checkpoints_before(checkpoints, mo
     if call == "save_file":
         monkeypatch.setattr(module, call, fail_on_call(number, module.save_file, full_disk_in_safetensors))
     elif call == "open":
-        monkeypatch.setattr(files, call, fail_on_call(number, open, full_disk), raising=False)
+        monkeypatch.setattr(folder_module, call, fail_on_call(number, open, full_disk), raising=False)
     else:
         monkeypatch.setattr(os, call, fail_on_call(number, getattr(os, call), full_disk))
     with pytest.raises(OSError, match=r"step 60.*No space left on device.*still stands.*repeat the command") as raised:

@@ -19,12 +19,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.faults.conftest import trainers  # noqa: F401
 from tests.faults.processes import checkpoint_names, files, in_a_process, losses, read_metrics
-from training.hub.results import MetricsLog
 from training.run import loop, resume
 from training.run.arguments import RunArguments
 from training.run.checkpoint import Checkpoints
-from training.run.loop import count, identify, move, seed_from, train
+from training.run.folder import identify
+from training.run.log import MetricsLog
+from training.run.loop import count, move, train
 from training.run.processes import fastest_attention, keep_inputs, micro_batches, speed_up_cpu_matmul
+from training.run.seeds import seed_from
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # imported once for all kills
 
@@ -135,13 +137,14 @@ def test_the_log_of_a_resumed_run_keeps_what_came_before_and_cuts_what_comes_aft
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "lo')  # torn by a kill
     accelerator = SimpleNamespace(is_main_process=True, log=lambda *_, **__: None)
-    progress = {"step": 4, "seconds": 1.0, "interval_seconds": 0.0, "loss_sum": 0.0, "num_units": 0, "num_steps": 0}
+    progress = {"step": 4, "evaluated_step": 4, "seconds": 1.0}
+    progress |= {"interval_seconds": 0.0, "loss_sum": 0.0, "num_units": 0, "num_steps": 0}
     log = MetricsLog(accelerator, RunArguments(max_steps=6, global_batch_size=2), tmp_path, progress, "tokens", 8)
     assert path.read_text() == "".join(lines[:2])
-    log.add(1.0, 10, 0.5)
+    log.add(1.0, 10, 0.5, 0.2)
     progress["step"] = 5
-    log.add(2.0, 10, 0.5)
-    log.write_training(0.1, None)
+    log.add(2.0, 10, 0.5, 0.1)
+    log.write_training()
     log.close()
     assert json.loads(path.read_text().splitlines()[-1]) == {
         "step": 5,
@@ -157,13 +160,15 @@ def test_the_log_of_a_resumed_run_keeps_what_came_before_and_cuts_what_comes_aft
 
 
 class Line(torch.nn.Module):
-    """y = weight x, whose loss is a sum of squared errors over what it is divided by."""
+    """y = weight x, whose loss is a sum of squared errors over what it is divided by; it counts its steps."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x, num_items_in_batch):
+        self.steps += self.training
         terms = num_items_in_batch if isinstance(num_items_in_batch, dict) else {"loss": num_items_in_batch}
         assert all(divisor.dtype == torch.float32 and divisor.ndim == 0 for divisor in terms.values())
         return SimpleNamespace(loss=sum(((self.weight - 3) * x).pow(2).sum() / divisor for divisor in terms.values()))
@@ -191,18 +196,25 @@ OPTIONS = {"max_steps": 12, "global_batch_size": 2, "log_every": 3, "eval_every"
 OPTIONS |= {"learning_rate": 0.05, "warmup_steps": 0, "weight_decay": 0.0, "keep_checkpoints": 1, "ema_decay": 0.9}
 
 
-def train_line(folder, scores=SCORES, monitor="eval_score", measured=None, data=None, **options):
-    """Results and weight of a training in which the evaluation after step n measures `scores[n]`."""
+def train_line(
+    folder, scores=SCORES, monitor="eval_score", measured=None, data=None, evaluating=None, after_step=None, **options
+):
+    """Results and weight of a training in which the evaluation after step n measures `scores[n]`.
+
+    evaluating: called in each evaluation with the step.
+    """
     data = data or Points()
     measured = measured or monitor or "eval_score"
 
     def evaluate(model):
-        return {measured: scores.get(data.step, 0.0), "eval_weight": model.weight.item()}
+        if evaluating:
+            evaluating(int(model.steps))
+        return {measured: scores.get(int(model.steps), 0.0), "eval_weight": model.weight.item()}
 
     args = RunArguments(output_dir=str(folder), **{**OPTIONS, **options})
-    model, results = train(
-        args, Accelerator(cpu=True), Line(), data, evaluate, {}, unit="units", row_length=10, monitor=monitor
-    )
+    validation = SimpleNamespace(measure=evaluate)
+    keywords = {"unit": "units", "row_length": 10, "monitor": monitor, "after_step": after_step}
+    model, results = train(args, Accelerator(cpu=True), Line(), data, validation, {}, **keywords)
     for cost in ("wall_time_seconds", "processor_time_seconds"):
         del results[cost]
     return results, model.weight.item()
@@ -275,6 +287,54 @@ def test_fill_is_the_used_part_of_the_room_in_a_row(tmp_path):
     assert lines == [(3 + 5 + 7) / (3 * 2 * 10), 3 / (2 * 10)]
 
 
+# ---- what a script adds to a step ----
+
+
+def test_what_is_called_after_a_step_sees_its_weights_before_the_average_does(tmp_path):
+    seen = []
+
+    def after_step(model, step):
+        seen.append((step, model.weight.item()))
+        with torch.no_grad():
+            model.weight.fill_(1)
+
+    train_line(tmp_path, monitor=None, max_steps=2, after_step=after_step)
+    assert [step for step, _ in seen] == [0, 1] and 0 < seen[0][1] < 1 < seen[1][1]
+    average = torch.tensor(0.0).lerp(torch.tensor(1.0), 9 / 10).lerp(torch.tensor(1.0), 9 / 11)
+    assert evaluations(tmp_path) == {2: pytest.approx(average.item(), abs=1e-6)}
+
+
+# ---- a step is saved, then evaluated ----
+
+
+def test_every_evaluated_step_is_saved_before(tmp_path):
+    found = {}
+
+    def evaluating(step):
+        found[step] = checkpoint_names(tmp_path)[-1]
+
+    train_line(tmp_path, monitor=None, evaluating=evaluating, eval_every=5, save_every=0)
+    assert found == {5: "step-000005", 10: "step-000010", 12: "step-000012"}
+
+
+@pytest.mark.parametrize("monitor", [None, "eval_score"])
+@pytest.mark.parametrize("stopped_at", [2, 4, 12])
+def test_a_signal_during_an_evaluation_ends_the_run_and_the_next_one_evaluates_that_step_once(
+    tmp_path, capsys, stopped_at, monitor
+):
+    def evaluating(step):
+        if step == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    expected = train_line(tmp_path / "expected", monitor=monitor)
+    with pytest.raises(SystemExit) as ended:
+        train_line(tmp_path / "run", monitor=monitor, evaluating=evaluating)
+    assert ended.value.code == 0 and f"stopped by SIGTERM after step {stopped_at}" in capsys.readouterr().out
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{stopped_at:06d}"
+    assert train_line(tmp_path / "run", monitor=monitor) == expected
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "expected")
+
+
 # ---- the best evaluation ----
 
 
@@ -316,7 +376,7 @@ def test_a_run_that_ended_early_and_lost_its_best_checkpoint_goes_on(tmp_path, c
     train_line(tmp_path, patience=3)
     shutil.rmtree(tmp_path / "checkpoints/step-000004")
     results, _ = train_line(tmp_path, patience=3)
-    assert results["best_step"] == 12 and list(evaluations(tmp_path)) == [2, 4, 6, 8, 10, 12]
+    assert results["best_step"] == 10 and list(evaluations(tmp_path)) == [2, 4, 6, 8, 10, 12]
     assert "lost the best weights so far, those of step-000004" in capsys.readouterr().out
 
 
@@ -366,6 +426,8 @@ def kill_at(call: int, owner, name: str):
 
 MOMENTS = {
     "a step": (loop, "accumulate_gradients"),
+    "an evaluation": (Line, "eval"),
+    "the log of an evaluation": (MetricsLog, "write_evaluation"),
     "the comparison, after the evaluation was logged": (loop, "compare_with_best"),
     "a save": (loop, "gather_training_state"),
     "a write to disk": (os, "fsync"),
@@ -438,5 +500,4 @@ def test_where_no_best_checkpoint_stands_at_the_end_the_last_weights_are_the_res
     out = capsys.readouterr().out
     assert said in out and "the result has the last weights, those of step 12" in out
     again, weight_again = train_line(tmp_path / "run")  # a finished run, repeated: measured again
-    assert weight_again == weight and "best_step" not in again
-    assert "the result has the last weights, those of step 12" in capsys.readouterr().out
+    assert weight_again == weight and again["best_step"] == 12

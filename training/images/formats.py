@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data.documents import split_of
+from training.data.sources import split_of
 from training.data.tables import Table
 from training.images.decoding import is_bad_image
 
@@ -91,7 +91,7 @@ class StoredImages(ABC):
             return None
 
 
-class Files(StoredImages):
+class ImageFiles(StoredImages):
     """Image files under a folder."""
 
     def __init__(self, paths: list[str], root: Path):
@@ -101,7 +101,7 @@ class Files(StoredImages):
         return len(self.paths)
 
     def select(self, indices):
-        return Files([self.paths[index] for index in indices], self.root)
+        return ImageFiles([self.paths[index] for index in indices], self.root)
 
     def encoded(self, indices):
         return [os.path.join(self.root, self.paths[index]) for index in indices]
@@ -166,7 +166,7 @@ def _digest(file: str | bytes, is_whole: bool) -> bytes | None:
 class ImageSet:
     """The images of one split, and their labels as they are written there: class names or numbers."""
 
-    images: ArrayImages | Files | DatasetImages
+    images: ArrayImages | ImageFiles | DatasetImages
     labels: list | None
     class_names: list[str] | None = None
     license: str | None = None
@@ -277,7 +277,7 @@ def _read_classes(root: Path, labelled: bool) -> ImageSet:
     paths = [path.relative_to(root) for path in _image_files(root)]
     if not paths:
         raise ValueError(f"{root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    files = Files([str(path) for path in paths], root)
+    files = ImageFiles([str(path) for path in paths], root)
     if not labelled:
         return ImageSet(files, None)
     if outside := [path.name for path in paths if len(path.parts) == 1]:
@@ -323,7 +323,7 @@ def read_table(table: Table, root: Path, image_column: str, label_column: str | 
     for row, label in enumerate(labels or []):
         if label is None or label == "":
             raise ValueError(f"{table.where(row)}: no label")
-    return ImageSet(Files(paths, root), labels)
+    return ImageSet(ImageFiles(paths, root), labels)
 
 
 def read_dataset(dataset, source: str, image_column: str, label_column: str | None, root: Path) -> ImageSet:

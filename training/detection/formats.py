@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from training.data.documents import split_of
-from training.images.files import IMAGE_SUFFIXES, Files, StoredImages
+from training.data.sources import split_of
+from training.images.formats import IMAGE_SUFFIXES, ImageFiles, StoredImages
 
 
 class Box(NamedTuple):
@@ -143,7 +143,7 @@ def read_coco(path: Path) -> BoxSet:
     sizes = [size_of(image, f"{path}, image {image_id}") for image_id, image in images.items()]
     ids = sorted(categories, key=lambda number: (isinstance(number, str), number))
     return BoxSet(
-        Files(names, _folder_of_images(path, names)),
+        ImageFiles(names, _folder_of_images(path, names)),
         np.array(sizes, np.int64).reshape(-1, 2),
         [box for found in boxes for box in found],
         list(images),
@@ -241,7 +241,7 @@ def read_voc(root: Path, files: list[Path]) -> BoxSet:
         sizes.append(size)
         boxes += [box._replace(image=place) for box in objects]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    return BoxSet(Files(names, root), sizes, boxes, [path.stem for path in files])
+    return BoxSet(ImageFiles(names, root), sizes, boxes, [path.stem for path in files])
 
 
 def _images_in(folder: Path) -> Iterator[Path]:
@@ -377,7 +377,7 @@ def read_yolo(root: Path, names: list[str] | None, num_keypoint_values: int = 0)
             raise ValueError(f"{orphans[0]}: its image is missing{_and_more(orphans)}; add it or remove this")
     relative = [os.path.relpath(path, folder) for path in paths]
     sizes = np.zeros((len(paths), 2), np.int64)
-    return BoxSet(Files(relative, folder), sizes, boxes, relative, names, in_fractions=True)
+    return BoxSet(ImageFiles(relative, folder), sizes, boxes, relative, names, in_fractions=True)
 
 
 def _and_more(found: list) -> str:

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.training.corpora import write_jsonl
 from training.data.documents import read_documents
-from training.text.guesses import guess_words, pseudo_perplexity
 from training.text.tokenizer import BERT_TOKENS, encode_documents, make_tokenizer, separator_id
+from training.text.validation import guess_words, pseudo_perplexity
 
 UNK, CLS, SEP, MASK, END, STOP = 1, 2, 3, 4, 5, 6
 WORD = 7  # and above
