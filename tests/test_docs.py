@@ -1,5 +1,7 @@
 """The documents: links lead somewhere, commands name files that exist, and the map of equations has the right lines."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -62,6 +64,17 @@ def test_every_option_of_a_training_exists(page):
             names = {word[2:] for word in shlex.split(found[2], comments=True) if word.startswith("--")}
             known = {option for name in arguments[found[1]].__dataclass_fields__ for option in (name, f"no-{name}")}
             assert names <= known, f"{page.name}: {line}"
+
+
+@every_page
+def test_every_snippet_uses_what_the_package_has(page):
+    for snippet in re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        for node in ast.walk(ast.parse(snippet)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_models"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), f"{page.name}: {ast.unparse(node)}"
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hf_models":
+                assert hasattr(hf_models, node.attr), f"{page.name}: {ast.unparse(node)}"
 
 
 def test_the_map_of_equations_has_the_right_lines():
