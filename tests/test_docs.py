@@ -55,6 +55,18 @@ def test_every_command_names_files_that_exist(page):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: python -m {module}"
 
 
+def test_every_file_that_the_code_mentions_exists():
+    """A name in backticks is that of a file beside the one that mentions it, or a path from the root."""
+    for path in (
+        *(ROOT / "hf_models").glob("*.py"),
+        *(ROOT / "training").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+    ):
+        for name in re.findall(r"`([\w/]+\.(?:py|md|yaml))`", path.read_text()):
+            places = (path.parent / name, ROOT / name)
+            assert name.startswith("output_dir/") or any(place.exists() for place in places), f"{path} mentions {name}"
+
+
 @every_page
 def test_every_option_of_a_training_exists(page):
     arguments = dict(SCRIPTS.values())  # by the name of the script
