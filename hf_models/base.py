@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing, logging
 
-ZOO_VERSION = "0.1.0"
+ZOO_VERSION = "0.2.0"
 
 # The versions of transformers that the whole suite, or the part named in docs/transformers.md, was run with.
 TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")
@@ -284,11 +284,6 @@ class TransformerConfig(ZooConfig):
             plan[f"{stack}.*.feed_forward.down_proj"] = "rowwise"
         return plan
 
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan):
-        """Does nothing. Before 5.21 transformers sets the plan, with an entry for tied embeddings that `TextConfig` has
-        anyway."""
-
     def derive_fields(self):
         super().derive_fields()
         if self.num_attention_heads < 1 or self.hidden_size < 1:
@@ -403,13 +398,8 @@ class TextConfig(TransformerConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        return {"embed_tokens": "embedding_rowwise", **super().base_model_tp_plan}
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan):
-        """Does nothing, as in `TransformerConfig`."""
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        return {"embed_tokens": "embedding_rowwise", **super().tensor_parallel_plan()}
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

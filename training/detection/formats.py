@@ -42,7 +42,7 @@ class BoxSet:
     category_ids: list[int | str] | None = None  # what the file calls them
     in_fractions: bool = False  # the corners, of width and height, not pixels
     license: str | None = None
-    box_format: str | None = None  # one of `detection_columns.BOX_FORMATS`, where someone had to say which
+    box_format: str | None = None  # one of `columns.BOX_FORMATS`, where someone had to say which
 
     def select(self, indices: np.ndarray) -> "BoxSet":
         place = {int(index): number for number, index in enumerate(indices)}

@@ -3,7 +3,7 @@
     data = read_detection("coco/", num_workers=2)  # coco/annotations/instances_train2017.json, coco/train2017/, ...
     data.train.boxes(0), data.train.classes(0)  # (n, 4), (n,): corners as fractions of the image, class ids
 
-`detection_files.py`, `detection_columns.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
+`files.py`, `columns.py` and `canvases.py` have the boxes, `batches.py` makes batches.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
     images = read_images("photos/", num_workers=2)  # photos/cat/1.jpg, photos/dog/2.png, ...
     images.train.images([0, 1, 2], size=(224, 224)), images.train.labels[:3], images.label_names
 
-`image_files.py` finds the images, `image_rows.py` makes batches of them, `image_stream.py` those of a stream.
+`files.py` finds the images, `rows.py` makes batches of them, `stream.py` those of a stream.
 """
 
 from collections import Counter
