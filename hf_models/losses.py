@@ -116,7 +116,7 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = (targets != ignore_index).sum()
     num_items = as_divisor(num_items, hidden_states.device)
-    if not torch.is_grad_enabled():  # `_LinearCrossEntropy` cannot see this, but it sees what needs a gradient
+    if not torch.is_grad_enabled():  # `needs_input_grad` in the function does not take this into account
         hidden_states, weight = hidden_states.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     dtype = hidden_states.dtype
