@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,7 +29,7 @@ from .projections import ResidualLinear, linear_of
 # ------------------------------------------------------------------------------------------------------- scores
 
 
-def dot_scores(query, key):
+def dot_scores(query: Tensor, key: Tensor) -> Tensor:
     """e_ij = q_i . k_j (Luong et al. 2015, equation 8, "dot").
 
     Args:
@@ -42,12 +42,12 @@ def dot_scores(query, key):
     return torch.matmul(query, key.transpose(-2, -1))
 
 
-def scaled_dot_scores(query, key):
+def scaled_dot_scores(query: Tensor, key: Tensor) -> Tensor:
     """e_ij = q_i . k_j / sqrt(H) (Vaswani et al. 2017, equation 1). Shapes as in `dot_scores`."""
     return dot_scores(query * query.shape[-1] ** -0.5, key)
 
 
-def general_scores(query, key, weight):
+def general_scores(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
     """e_ij = q_i . W k_j (Luong et al. 2015, equation 8, "general").
 
     Args:
@@ -61,7 +61,7 @@ def general_scores(query, key, weight):
     return dot_scores(torch.matmul(query, weight), key)
 
 
-def additive_scores(query, key, vector):
+def additive_scores(query: Tensor, key: Tensor, vector: Tensor) -> Tensor:
     """e_ij = v . tanh(q_i + k_j), where q_i = W s_i and k_j = U h_j (Bahdanau et al. 2015, appendix A.1.2).
 
     The caller projects the states, so that it can project the sources once for all queries.
@@ -80,7 +80,7 @@ def additive_scores(query, key, vector):
 # --------------------------------------------------------------------------------------- softmax and weighted sum
 
 
-def masked_softmax(scores, mask=None, temperature: float = 1.0):
+def masked_softmax(scores: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """alpha_ij = exp(e_ij / t) / sum over j' of exp(e_ij' / t), over the sources that the mask allows.
 
     If all sources of a query are masked, its weights still add up to 1 and are not NaN.
@@ -104,7 +104,7 @@ def masked_softmax(scores, mask=None, temperature: float = 1.0):
     return F.softmax(scores, dim=-1)
 
 
-def weighted_sum(weights, value):
+def weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
     """c_i = sum over j of alpha_ij v_j: (..., T, S) and (..., S, H) -> (..., T, H)."""
     return torch.matmul(weights, value)
 

@@ -567,11 +567,11 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             num_tokens = logits.shape[1]
-            losses = [
+            start_loss, end_loss = (
                 cross_entropy(scores, at.flatten().clamp(0, num_tokens), num_items_in_batch, ignore_index=num_tokens)
                 for scores, at in ((start_logits, start_positions), (end_logits, end_positions))
-            ]
-            loss = sum(losses) / 2
+            )
+            loss = (start_loss + end_loss) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),

@@ -29,7 +29,7 @@ class Cells(NamedTuple):
     size: Tensor  # (B, 2), width and height of a cell, as such fractions
 
 
-def locate_cells(pixel_mask, pixel_values, features, stride: int | None) -> Cells:
+def locate_cells(pixel_mask: Tensor | None, pixel_values: Tensor, features: Tensor, stride: int | None) -> Cells:
     """Returns the positions of the cells of a feature map.
 
     Args:
@@ -111,12 +111,12 @@ class SpatialPrior(nn.Module):
         return (terms[1][..., :, None] + terms[0][..., None, :]).flatten(-2)
 
 
-def encode_boxes(boxes, dim: int):
+def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
     """Sines and cosines of the four numbers of boxes: (..., 4) -> (..., 4 dim) (Liu et al. 2022, equation 4)."""
     return sinusoidal_encoding(boxes * 2 * math.pi, dim, ANCHOR_TEMPERATURE).flatten(-2)
 
 
-def correct(boxes, corrections):
+def correct(boxes: Tensor, corrections: Tensor) -> Tensor:
     """Moves boxes (..., 4) by fractions of their size, and scales their size (Girshick et al. 2014, appendix C).
 
     Unlike a sum before a sigmoid (Zhu et al. 2021), equal corrections have an equal effect wherever the box is.

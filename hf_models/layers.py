@@ -23,7 +23,7 @@ from .base import CACHE_NAME
 from .projections import ResidualLinear, linear_of
 
 
-def squared_relu(hidden_states):
+def squared_relu(hidden_states: torch.Tensor) -> torch.Tensor:
     """max(0, x)^2 (So et al. 2021, "Primer")."""
     return F.relu(hidden_states).square()
 

@@ -6,15 +6,19 @@ Each loss is a sum divided by a number that is known before the forward pass, so
     D  hidden size    C  classes         V  vocabulary
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .projections import is_plain_linear
 
 
-def scored_places(hidden_states, labels, positions=None, ignore_index: int = -100):
+def scored_places(
+    hidden_states: Tensor, labels: Tensor, positions: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
     """Selects the scored hidden states and their labels, so that a head need not run on the others.
 
     Args:
@@ -41,18 +45,26 @@ def scored_places(hidden_states, labels, positions=None, ignore_index: int = -10
     return hidden_states[rows, columns], labels[rows, columns]
 
 
-def states_at(hidden_states, positions):
+def states_at(hidden_states: Tensor, positions: Tensor) -> Tensor:
     """Returns the states (B, M, D) of (B, T, D) at `positions` (B, M); for padding, -1, the states at 0."""
     return hidden_states.take_along_dim(positions.to(hidden_states.device).clamp(min=0)[..., None], dim=1)
 
 
-def marked_places(positions, num_tokens: int):
+def marked_places(positions: Tensor, num_tokens: int) -> Tensor:
     """Returns (B, T), true at the `positions` (B, M), which are padded with -1."""
     marks = torch.zeros(positions.shape[0], num_tokens + 1, dtype=torch.bool, device=positions.device)
     return marks.scatter(1, positions.where(positions >= 0, num_tokens), True)[:, :-1]
 
 
-def head_loss(head, hidden_states, labels, num_items=None, *, logits=None, label_smoothing: float = 0.0):
+def head_loss(
+    head,
+    hidden_states: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    *,
+    logits: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """The cross-entropy of a head that scores a vocabulary. It computes all logits at once only if it must.
 
     Args:
@@ -75,14 +87,14 @@ def head_loss(head, hidden_states, labels, num_items=None, *, logits=None, label
 
 
 def linear_cross_entropy(
-    hidden_states,
-    weight,
-    targets,
-    num_items=None,
-    bias=None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_items: Tensor | float | None = None,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-):
+) -> Tensor:
     """Mean of -log softmax(W x + b)[target] over the scored targets, without ever holding all logits.
 
     With a vocabulary of 50,000 the logits and their gradient are the largest tensors of a training step. This function
@@ -104,7 +116,7 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = (targets != ignore_index).sum()
     num_items = as_divisor(num_items, hidden_states.device)
-    if not torch.is_grad_enabled():  # `_LinearCrossEntropy` cannot see this, but it sees what needs a gradient
+    if not torch.is_grad_enabled():  # `needs_input_grad` in the function does not take this into account
         hidden_states, weight = hidden_states.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     dtype = hidden_states.dtype
@@ -114,7 +126,7 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_states, weight, bias, targets, num_items, *options)
 
 
-def as_divisor(num_items, device):
+def as_divisor(num_items: Tensor | float, device: torch.device) -> Tensor:
     """Returns the divisor of a summed loss as a tensor on the device; 1 instead of 0, for a sum over nothing."""
     if not isinstance(num_items, torch.Tensor):  # filled in on the device, because a copy would wait for the device
         num_items = torch.full((), num_items, device=device)
@@ -123,8 +135,13 @@ def as_divisor(num_items, device):
 
 
 def cross_entropy(
-    logits, labels, num_items=None, class_weights=None, ignore_index: int = -100, label_smoothing: float = 0.0
-):
+    logits: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    class_weights: Sequence[float] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Mean of -log softmax(logits)[label] over the scored labels; 0 if no label is scored.
 
     Args:
@@ -144,7 +161,7 @@ def cross_entropy(
     return total / as_divisor(num_items, total.device)
 
 
-def classification_loss(logits, labels, config, num_items=None):
+def classification_loss(logits: Tensor, labels: Tensor, config, num_items: Tensor | float | None = None) -> Tensor:
     """The loss of a classifier of whole samples: cross-entropy, squared error, or a binary loss for each class.
 
     Args:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .losses import as_divisor
 
@@ -30,14 +31,14 @@ VARIFOCAL_ALPHA, VARIFOCAL_GAMMA = 0.75, 2.0  # Zhang et al. 2021, section 5
 # ------------------------------------------------------------------------------------------------------------- boxes
 
 
-def corners(boxes):
+def corners(boxes: Tensor) -> Tensor:
     """(..., 4) as (centre x, centre y, width, height) -> (x0, y0, x1, y1)."""
     x, y, width, height = boxes.unbind(-1)
     sides = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
     return sides.movedim(0, -1)  # each side is contiguous in memory, because `generalized_iou` unbinds them
 
 
-def generalized_iou(a, b):
+def generalized_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """GIoU and IoU of boxes (x0, y0, x1, y1), whose shapes (..., 4) broadcast (Rezatofighi et al. 2019).
 
     IoU is intersection over union. GIoU subtracts the part of the smallest box around both that neither covers, and is
@@ -60,22 +61,22 @@ def generalized_iou(a, b):
 class Targets(NamedTuple):
     """The true boxes of a batch, padded to M each. The padding is a valid box, so that its loss is finite."""
 
-    classes: torch.Tensor  # (B, M), int64
-    boxes: torch.Tensor  # (B, M, 4), float32
-    is_box: torch.Tensor  # (B, M), bool, false for padding
+    classes: Tensor  # (B, M), int64
+    boxes: Tensor  # (B, M, 4), float32
+    is_box: Tensor  # (B, M), bool, false for padding
     counts: list[int]  # number of boxes of each image
     image_ids: list[Any]
 
     def name(self, image: int) -> str:
         """Returns the name of an image in error messages."""
         image_id = self.image_ids[image]
-        if isinstance(image_id, torch.Tensor):
+        if isinstance(image_id, Tensor):
             image_id = image_id.flatten().tolist()
             image_id = image_id[0] if len(image_id) == 1 else image_id
         return f"labels[{image}]" + ("" if image_id is None else f" (image_id {image_id})")
 
 
-def check_labels(labels, num_labels: int):
+def check_labels(labels: list[dict], num_labels: int) -> None:
     """Checks the labels, but their values only on the CPU: reading them on a device waits for it, so `match` does.
 
     Raises:
@@ -99,7 +100,7 @@ def check_labels(labels, num_labels: int):
         refuse_labels(check_targets(targets, num_labels), targets)
 
 
-def pad_labels(labels, device=None) -> Targets:
+def pad_labels(labels: list[dict], device: torch.device | str | None = None) -> Targets:
     """Makes `Targets` from a list of {"class_labels" (n,), "boxes" (n, 4), optionally "image_id"}.
 
     Args:
@@ -117,12 +118,12 @@ def pad_labels(labels, device=None) -> Targets:
     return Targets(classes[rows], boxes[rows], rows < sum(counts), counts, [label.get("image_id") for label in labels])
 
 
-def send(tensor, device: torch.device):
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor to the device without waiting for it."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def count_items(labels, config) -> dict[str, float]:
+def count_items(labels: list[dict], config) -> dict[str, float]:
     """Returns the divisors of the loss, whose sums over micro-batches and processes are those of the global batch:
     {"boxes": number of boxes, "class_weights": sum of the weights of the classes that the queries are to predict}."""
     return _count([len(label["class_labels"]) for label in labels], config)
@@ -138,7 +139,9 @@ def _count(counts, config):
 
 
 @torch.no_grad()
-def match(predictions, targets: Targets, config, proposal_mask=None) -> list[torch.Tensor]:
+def match(
+    predictions: list[tuple[Tensor, Tensor]], targets: Targets, config, proposal_mask: Tensor | None = None
+) -> list[Tensor]:
     """Finds the cheapest one-to-one assignment of boxes to queries, for each layer and image separately.
 
     Args:
@@ -185,7 +188,7 @@ def match(predictions, targets: Targets, config, proposal_mask=None) -> list[tor
     return [part.view(assignment.shape) for part, assignment in zip(parts, assignments, strict=True)]
 
 
-def matching_cost(logits, boxes, targets: Targets, config):
+def matching_cost(logits: Tensor, boxes: Tensor, targets: Targets, config) -> Tensor:
     """Returns the cost of assigning each box of an image to each query, (L, B, M, Q) in float32.
 
     With cross-entropy the class term is minus the probability of the class (Carion et al. 2020, section 3.1). With a
@@ -206,14 +209,14 @@ def matching_cost(logits, boxes, targets: Targets, config):
     return config.bbox_cost * distance - config.giou_cost * overlap + config.class_cost * class_cost.mT
 
 
-def check_targets(targets: Targets, num_labels: int):
+def check_targets(targets: Targets, num_labels: int) -> Tensor:
     """Returns (2, B) bool: whether the boxes of each image are valid, and whether its classes are."""
     boxes, classes = targets.boxes, targets.classes
     are_boxes = ((boxes.abs() < 1e6).all(-1) & (boxes[..., 2:] >= 0).all(-1)).all(-1)  # comparing NaN gives False
     return torch.stack([are_boxes, ((classes >= 0) & (classes < num_labels)).all(-1)])
 
 
-def refuse_labels(is_sound, targets: Targets):
+def refuse_labels(is_sound, targets: Targets) -> None:
     """Raises a `ValueError` for the first image with labels that `check_targets` found invalid."""
     for image, (are_boxes, are_classes) in enumerate(is_sound.T):
         if not are_boxes:
@@ -228,7 +231,7 @@ def refuse_labels(is_sound, targets: Targets):
             )
 
 
-def refuse_predictions(is_sound, targets: Targets):
+def refuse_predictions(is_sound, targets: Targets) -> None:
     """Raises a `ValueError` for the first layer and image whose prediction is not finite."""
     for source, sound in zip(("decoder layer {}", "the encoder's proposals"), is_sound, strict=False):
         for layer, image in np.argwhere(sound == 0):
@@ -241,7 +244,14 @@ def refuse_predictions(is_sound, targets: Targets):
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
-def detection_loss(predictions, targets: Targets, config, num_items=None, denoising=None, proposal_mask=None):
+def detection_loss(
+    predictions: list[tuple[Tensor, Tensor]],
+    targets: Targets,
+    config,
+    num_items: dict[str, Any] | None = None,
+    denoising: tuple[Tensor, Tensor, Tensor] | None = None,
+    proposal_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of all layers, and its terms.
 
     Args:
@@ -329,13 +339,13 @@ def set_loss(logits, boxes, assignment, targets: Targets, config, num_items, no_
         "loss_giou": ((1 - giou).where(is_matched, 0), "boxes"),
     }
     divisors = {  # plain numbers stay on the host, because sending one to the device waits for it
-        name: as_divisor(number, boxes.device) if isinstance(number, torch.Tensor) else number or 1
+        name: as_divisor(number, boxes.device) if isinstance(number, Tensor) else number or 1
         for name, number in num_items.items()
     }
     return {name: losses.sum((1, 2)) / divisors[divisor] for name, (losses, divisor) in sums.items()}
 
 
-def binary_class_loss(logits, classes, quality=None):
+def binary_class_loss(logits: Tensor, classes: Tensor, quality: Tensor | None = None) -> Tensor:
     """A binary cross-entropy for each class, summed over the classes, in which easy cases weigh little.
 
     Args:
@@ -356,7 +366,7 @@ def binary_class_loss(logits, classes, quality=None):
 
 
 @torch.no_grad()
-def cardinality_error(logits, targets: Targets):
+def cardinality_error(logits: Tensor, targets: Targets) -> Tensor:
     """Returns |number of predicted objects - number of boxes|, averaged over the images, (L,)."""
     num_predicted = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(-1)
     return (num_predicted - targets.is_box.sum(-1)).abs().float().mean(-1)
@@ -365,7 +375,7 @@ def cardinality_error(logits, targets: Targets):
 # --------------------------------------------------------------------------------------------------------- denoising
 
 
-def denoising_queries(targets: Targets, noise, config):
+def denoising_queries(targets: Targets, noise: Tensor, config) -> tuple[Tensor, Tensor]:
     """Adds noise to the true boxes, for decoder queries that learn to undo it (Li et al. 2022, section 4).
 
     The centre moves by at most `box_noise` / 2 of the box's width and height, and each side changes by at most the
@@ -389,13 +399,13 @@ def denoising_queries(targets: Targets, noise, config):
     return classes.flatten(1), torch.cat([centres, sides], dim=-1).clamp(0, 1).flatten(1, 2)
 
 
-def denoising_assignment(targets: Targets, num_groups: int):
+def denoising_assignment(targets: Targets, num_groups: int) -> Tensor:
     """Returns the index of the box that each denoising query is to predict, (B, G M), or -1 for padding."""
     box = torch.arange(targets.is_box.shape[1], device=targets.is_box.device)
     return box.where(targets.is_box, -1).repeat(1, num_groups)
 
 
-def decoder_mask(num_denoising: int, group_size: int, num_queries: int, is_box):
+def decoder_mask(num_denoising: int, group_size: int, num_queries: int, is_box: Tensor) -> Tensor:
     """Returns the decoder's mask over G M denoising queries and then Q other queries, (B, 1, T, T) bool.
 
     Denoising queries reveal the true boxes, so only queries of the same group may attend to them. All queries may

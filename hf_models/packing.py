@@ -5,6 +5,7 @@ B  batch    T  tokens    M  chosen tokens    D  hidden size
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers.masking_utils import packed_sequence_mask_function
 
 
@@ -19,22 +20,23 @@ class Packing:
         lengths: (sequences,), the number of tokens of each sequence in their order, for `flash_arguments`.
     """
 
-    def __init__(self, is_chosen, lengths=None):
+    def __init__(self, is_chosen: Tensor, lengths: Tensor | None = None):
         self.batch_shape = is_chosen.shape
         self.indices = is_chosen.flatten().nonzero().squeeze(1)  # (M,), into the B T tokens
         self.lengths = lengths
 
-    def pack(self, padded):
+    def pack(self, padded: Tensor) -> Tensor:
         """(B, T, ...) -> (1, M, ...)."""
         return padded.flatten(0, 1).index_select(0, self.indices.to(padded.device))[None]
 
-    def unpack(self, packed):
+    def unpack(self, packed: Tensor) -> Tensor:
         """(1, M, ...) -> (B, T, ...), zero where no token was chosen."""
         padded = packed.new_zeros(self.batch_shape.numel(), *packed.shape[2:])
         return padded.index_copy_(0, self.indices.to(packed.device), packed[0]).unflatten(0, self.batch_shape)
 
     def flash_arguments(self) -> dict:
         """The keyword arguments that tell flash attention, which takes no mask, where each sequence begins and ends."""
+        assert self.lengths is not None
         ends = F.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = int(self.lengths.max())
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
@@ -46,16 +48,18 @@ class FirstToken:
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
 
-    def pack(self, states):
+    def pack(self, states: Tensor) -> Tensor:
         """(B, T, ...) -> (B, 1, ...)."""
         return states[:, :1].contiguous()
 
-    def unpack(self, states):
+    def unpack(self, states: Tensor) -> Tensor:
         """(B, 1, ...) -> (B, T, ...), zero after the first token."""
         return F.pad(states, (0, 0) * (states.ndim - 2) + (0, self.num_tokens - 1))
 
 
-def find_packing(attention_mask, position_ids, uses_flash: bool, uses_first: bool) -> Packing | None:
+def find_packing(
+    attention_mask: Tensor | None, position_ids: Tensor | None, uses_flash: bool, uses_first: bool
+) -> Packing | None:
     """Returns how to compute a batch without padding, or None if it has no padding to skip.
 
     Args:
@@ -78,7 +82,9 @@ def find_packing(attention_mask, position_ids, uses_flash: bool, uses_first: boo
     return None
 
 
-def find_output_tokens(embeddings, packing, read_places, only_first: bool) -> Packing | FirstToken | None:
+def find_output_tokens(
+    embeddings: Tensor, packing: Packing | None, read_places: Tensor | None, only_first: bool
+) -> Packing | FirstToken | None:
     """Returns the tokens whose output the last block must compute, or None for all of them.
 
     Args:

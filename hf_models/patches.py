@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from .positions import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
 
 
-def check_channels(images, num_channels: int):
+def check_channels(images: Tensor, num_channels: int) -> None:
     """Raises a `ValueError` unless images are (B, num_channels, H, W); a model of grey images also takes colour."""
     if images.ndim != 4 or images.shape[1] not in (num_channels, 3 if num_channels == 1 else num_channels):
         raise ValueError(
@@ -26,7 +26,7 @@ def check_channels(images, num_channels: int):
         )
 
 
-def fit_channels(images, num_channels: int):
+def fit_channels(images: Tensor, num_channels: int) -> Tensor:
     """Returns the images (B, num_channels, H, W): a model of one channel gets the luminance of colour images (ITU-R
     BT.601)."""
     if num_channels != 1 or images.shape[1] != 3:
@@ -159,7 +159,7 @@ class PatchPositions(nn.Module):
         return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
 
 
-def resize_positions(grid, old: Sequence[int], new: Sequence[int]):
+def resize_positions(grid: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """Interpolates vectors (1, rows x columns, D) from an old grid (rows, columns) to a new one."""
     if tuple(old) == tuple(new):
         return grid

@@ -1,15 +1,17 @@
 """Positions of tokens: sinusoidal, learned and rotary, in one dimension and in two.
 
-B  batch    T  tokens    P  places of a grid    D  hidden size    H  size of one head
+    B  batch    T  tokens    P  places of a grid    D  hidden size    H  size of one head
 """
 
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def encode_positions(config, embed_positions: nn.Embedding | None, embeddings, position_ids):
+def encode_positions(
+    config, embed_positions: nn.Embedding | None, embeddings: Tensor, position_ids: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Applies the positions of a text model, which `config.position_embedding_type` chooses.
 
     Args:
@@ -29,7 +31,7 @@ def encode_positions(config, embed_positions: nn.Embedding | None, embeddings, p
     return embeddings + sinusoidal_encoding(position_ids, config.hidden_size).to(embeddings.dtype), None
 
 
-def sinusoidal_encoding(positions, dim: int, temperature: float = 10000.0):
+def sinusoidal_encoding(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """PE(p, 2i) = sin(p / temperature^(2i/dim)), PE(p, 2i+1) = cos(same) (Vaswani et al. 2017, section 3.5).
 
     Args:
@@ -49,7 +51,7 @@ def sinusoidal_encoding(positions, dim: int, temperature: float = 10000.0):
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-def sinusoidal_encoding_2d(rows, columns, dim: int, temperature: float = 10000.0):
+def sinusoidal_encoding_2d(rows: Tensor, columns: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """Encodes the row in one half of the encoding and the column in the other (Carion et al. 2020, appendix A.4).
 
     Args:
@@ -86,7 +88,9 @@ class LearnedPositions2D(nn.Module):
         return torch.cat((columns, rows), dim=-1)
 
 
-def rotary_angles(position_ids, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32):
+def rotary_angles(
+    position_ids: Tensor, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """The rotations of rotary position embedding (Su et al. 2021, equation 15).
 
     At position p the pair i of a head is rotated by p theta^(-2i/H), so that the product of a query and a key depends
@@ -109,7 +113,9 @@ def rotary_angles(position_ids, head_dim: int, theta: float = 10000.0, dtype: to
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotary_angles_2d(rows, columns, head_dim: int, theta: float = 100.0, dtype: torch.dtype = torch.float32):
+def rotary_angles_2d(
+    rows: Tensor, columns: Tensor, head_dim: int, theta: float = 100.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Rotations for places in a plane: the row rotates the first half of the pairs, the column the other half (Heo et
     al. 2024, "Rotary position embedding for vision transformer", section 3.2, axial frequencies).
 
@@ -130,7 +136,7 @@ def rotary_angles_2d(rows, columns, head_dim: int, theta: float = 100.0, dtype: 
     return torch.cat(cosines, dim=-1), torch.cat(sines, dim=-1)
 
 
-def apply_rotary(states, cosines, sines):
+def apply_rotary(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotates each pair of the states (B, N, T, H); as in GPT-NeoX a pair is (i, i + H/2), not two neighbours."""
     first, second = states.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)

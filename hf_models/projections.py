@@ -1,5 +1,7 @@
 """The linear layers that end a residual branch: how they start, and how to save the memory of their input."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,7 +29,7 @@ class ResidualLinear(nn.Linear):
             init.normal_(self.weight, mean=0.0, std=config.initializer_range / self.num_branches**0.5)
 
 
-def linear_of(linear: nn.Module, prepare, *tensors, recompute: bool):
+def linear_of(linear: nn.Module, prepare: Callable[..., tuple], *tensors: torch.Tensor, recompute: bool) -> tuple:
     """Applies `linear` to the result of `prepare`, and can recompute that result in the backward pass.
 
     The inputs of the last projections of attention and of the feed-forward layer are the largest tensors of a block.

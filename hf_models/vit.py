@@ -322,7 +322,7 @@ class ZooViTModel(ZooViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-def pool(hidden_states, config: ZooViTConfig, pooling: str | None = None):
+def pool(hidden_states: torch.Tensor, config: ZooViTConfig, pooling: str | None = None) -> torch.Tensor:
     """Returns one vector for the whole image, (B, D), or (B, 2 D) with pooling `both`.
 
     Args:
