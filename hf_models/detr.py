@@ -223,6 +223,12 @@ class ZooDetrPreTrainedModel(TransformerModel):
     _input_embed_layer = "input_projection"
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked$"]
 
+    def init_parallel_plans(self):
+        super().init_parallel_plans()
+        if isinstance(self, (ZooDetrEncoder, ZooDetrDecoder)):
+            # transformers gives the config's plan to each of them, but its paths begin at `ZooDetrModel`.
+            self._tp_plan = {}
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

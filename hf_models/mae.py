@@ -166,6 +166,7 @@ class MAEDecoder(nn.Module):
         self.layers = TransformerStack(sizes, sizes.num_hidden_layers, backend_config=config)
         self.norm = make_norm(sizes)
         self.head = nn.Linear(sizes.hidden_size, config.patch_side**2 * config.num_channels)
+        self._tp_plan = sizes.base_model_tp_plan  # transformers collects the plans of child modules
 
     def initialise(self, config):
         init.normal_(self.mask_token, std=config.initializer_range)
