@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from training.hub.results import finish
+from training.hub.finish import finish
 from training.models import describe
 from training.run.arguments import RunArguments, option, split_names, user_errors, with_defaults
 from training.run.folder import identify, open_run

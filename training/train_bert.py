@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 import hf_models
 from training.data.documents import Corpus, read_documents
-from training.hub.results import finish
+from training.hub.finish import finish
 from training.metrics import MaskedLanguageModeling, load_metric
 from training.models import create_text_model, describe
 from training.run.arguments import option, user_errors, with_defaults

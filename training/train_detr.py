@@ -21,7 +21,7 @@ from hf_models.resnet import load_backbone_weights
 from training.detection.batches import DetectionBatches, DetectionTransform
 from training.detection.read import DetectionData, read_detection
 from training.detection.validation import DetectionValidation
-from training.hub.results import finish
+from training.hub.finish import finish
 from training.images.arguments import ImageArguments
 from training.images.batches import channel_statistics
 from training.images.validation import finish_measuring

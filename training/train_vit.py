@@ -16,7 +16,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_models
-from training.hub.results import finish
+from training.hub.finish import finish
 from training.images.arguments import ImageArguments
 from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled

@@ -28,9 +28,9 @@ from huggingface_hub.hf_api import RepoFile
 from hf_models.base import ZOO_VERSION
 from hf_models.verify import SUMS, checksums, is_listed
 from training.hub.card import EVAL_RESULTS, PICTURES, card_files
+from training.hub.card_edits import is_foreign, sections
 from training.hub.commits import Commit, Plan, refuse_token
 from training.hub.errors import explain, is_passing, persist, without_token
-from training.hub.hand_written import is_foreign, sections
 from training.hub.renewal import PACKAGE, renew
 from training.hub.snapshots import WEIGHTS, export_step
 from training.hub.snippets import EXAMPLE
