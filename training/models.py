@@ -177,6 +177,11 @@ def create_image_model(
     return load_or_create(name, model_class, device, config, fields, {}, new_head=label_names is not None)
 
 
+def describe(model: PreTrainedModel) -> str:
+    """Returns the model's class and size in words."""
+    return f"{type(model).__name__} with {model.num_parameters():,} parameters"
+
+
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Turns off dropout and gradients in the block, and makes the model able to return attention maps."""

@@ -159,19 +159,6 @@ class RunArguments:
             raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
 
 
-@dataclass
-class TextArguments(RunArguments):
-    """The options of the scripts that train on plain text."""
-
-    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
-    tokenizer: str = option("bpe", "'bpe', 'char' or 'wordpiece', made from the data, or an existing one", "text")
-    vocab_size: int = option(4096, "most tokens of a 'bpe' or 'wordpiece' tokenizer", "text")
-    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
-    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
-    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
-    eval_batch_size: int = option(16, "rows of an evaluation batch", "text", at_least=1)
-
-
 def with_defaults(cls, **defaults) -> type:
     """The dataclass `cls` with other defaults, for a script to subclass."""
     changed = [field for field in dataclasses.fields(cls) if field.name in defaults]
@@ -222,6 +209,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
     if values.get("output_dir", "") is None:
         values["output_dir"] = str(Path("runs", Path(recipe or sys.argv[0]).stem))
     return cls(**values)
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """Returns ["cat", "dog"] from "cat, dog"; None from None."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def parse_fields(text: str | None) -> dict:
