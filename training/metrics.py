@@ -226,15 +226,15 @@ def entities(tags: list[str]) -> set[tuple[str, int, int]]:
     of one, `S-X` or `U-X` an entity by itself (BIOES, BILOU). Any other tag is outside.
     """
     found, kind, first, is_last = set(), None, 0, False
-    for place, tag in enumerate([*tags, "O"]):
+    for index, tag in enumerate([*tags, "O"]):
         prefix, dash, name = tag.partition("-")
         name = name if prefix in ("B", "I") or (dash and prefix in ("E", "L", "S", "U")) else None
         if kind is not None and (name != kind or prefix in ("B", "S", "U") or is_last):
-            found.add((kind, first, place))
+            found.add((kind, first, index))
             kind = None
         is_last = prefix in ("E", "L", "S", "U")
         if kind is None and name is not None:
-            kind, first = name, place
+            kind, first = name, index
     return found
 
 
@@ -290,9 +290,9 @@ def _coco(image_ids: list[int], num_labels: int, boxes: list, **fields: list):
     from faster_coco_eval import COCO
 
     annotations = []
-    for place, image in enumerate(image_ids):
-        columns = [fields[name][place] for name in fields]
-        for (left, top, right, bottom), *values in zip(boxes[place], *columns, strict=True):
+    for index, image in enumerate(image_ids):
+        columns = [fields[name][index] for name in fields]
+        for (left, top, right, bottom), *values in zip(boxes[index], *columns, strict=True):
             box = [left, top, right - left, bottom - top]
             annotation = {"area": box[2] * box[3], "iscrowd": 0, **dict(zip(fields, values, strict=True))}
             if not np.isfinite([*box, annotation.get("score", 0)]).all():

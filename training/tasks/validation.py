@@ -24,9 +24,7 @@ class TaskValidation:
     def __init__(self, accelerator, task: Task, rows: list[dict], data: TaskBatches, batch_size: int):
         self.accelerator, self.task, self.rows, self.data = accelerator, task, rows, data
         self.batch_size = batch_size
-        self.order = sorted(
-            range(len(rows)), key=lambda number: len(rows[number]["input_ids"])
-        )  # little padding
+        self.order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))  # little padding
 
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
