@@ -1,4 +1,4 @@
-"""The model that `--model` names: a fresh one of the zoo, or a checkpoint to start from."""
+"""Creates or loads the model that `--model` names: a new one of the zoo, or a checkpoint to start from."""
 
 import re
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from hf_models.zoo import check_fields, create_config, create_model, find_entry
 from training.run.arguments import parse_fields
 from training.run.processes import fastest_attention
 
-# What in the body of a model there is one of for each class.
+# Parameters outside the head whose size depends on the number of classes.
 PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `--model` names a folder or Hub repository, and not a size of the zoo."""
+    """Whether `--model` names a folder or Hub repository, not a model of the zoo."""
     return "/" in name or Path(name).exists()
 
 
@@ -42,14 +42,14 @@ def load_or_create(
     from_data: dict,
     new_head: bool,
 ) -> PreTrainedModel:
-    """A checkpoint, or a fresh model of the zoo.
+    """Loads a checkpoint, or creates a new model of the zoo.
 
     Args:
-        config: fields to change, as `--config` takes them.
+        config: fields to change in the config, as `--config` takes them.
         fields: more fields of the config.
-        from_data: fields of a fresh model.
-        new_head: whether a head of another size than the checkpoint's, and what else there is one of for each class,
-            begins anew, or is refused.
+        from_data: fields of a new model only.
+        new_head: whether a head of another size than the checkpoint's, and other parameters whose size depends on the
+            classes, are initialised anew; otherwise they are refused.
     """
     given = parse_fields(config)
     check_fields(model_class.config_class, given)
@@ -59,7 +59,7 @@ def load_or_create(
     model, info = model_class.from_pretrained(
         name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **fields
     )
-    for key, *_ in sorted(info["mismatched_keys"]):  # these would begin anew
+    for key, *_ in sorted(info["mismatched_keys"]):  # transformers initialises these anew
         if not new_head or (key.startswith(f"{model.base_model_prefix}.") and not PER_CLASS.search(key)):
             raise ValueError(f"config: {key} of {name} has another size; leave its size unchanged")
     return model
@@ -76,18 +76,17 @@ def create_text_model(
     length_option: str = "num_tokens",
     **fields,
 ) -> PreTrainedModel:
-    """A fresh model of the zoo that fits the tokenizer, or a checkpoint of the same family, ours or stock, to go on
-    from.
+    """Creates a model of the zoo that fits the tokenizer, or loads a checkpoint of the same family, ours or stock.
 
     Args:
         num_tokens: the most tokens of a row.
         config: fields to change in the config, as `--config` takes them.
-        new_head: a head of another size than the checkpoint's begins anew.
-        length_option: the option that `num_tokens` comes from, for an error.
+        new_head: whether a head of another size than the checkpoint's is initialised anew.
+        length_option: the option that `num_tokens` comes from, for error messages.
         **fields: more fields of the config.
 
     Raises:
-        ValueError: the zoo has no such name, the config no such field, or the checkpoint has another vocabulary, other
+        ValueError: the zoo has no such model, the config no such field, or the checkpoint has another vocabulary, other
             sizes or fewer positions.
     """
     from_data = {
@@ -113,14 +112,14 @@ def create_text_model(
 
 
 def is_own_tokenizer(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> bool:
-    """Whether the checkpoint has the same vocabulary; true if it has none to compare with."""
+    """Whether the checkpoint has the same vocabulary, or no tokenizer to compare with."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint).get_vocab() == tokenizer.get_vocab()
     except (OSError, ValueError):
         return True
 
 
-# What a checkpoint's config calls the models that one of images can start from.
+# The model types of the checkpoints that each image model can start from.
 IMAGE_MODELS = {
     "zoo_vit": ["zoo_vit", "vit", "zoo_vit_mae", "vit_mae"],
     "zoo_vit_mae": ["zoo_vit_mae", "vit_mae"],
@@ -130,9 +129,10 @@ ZOO_NAMES = {"zoo_vit": "vit-*", "zoo_vit_mae": "vit-mae-*", "zoo_detr": "detr-*
 
 
 def starting_config(name: str, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The config of the checkpoint, or of the size of the zoo, that a model of images starts from.
+    """Loads the config of the checkpoint, or of the model of the zoo, that an image model starts from.
 
-    Raises ValueError if there is none of that name, or it is of another family.
+    Raises:
+        ValueError: there is none of that name, or it is of another family.
     """
     family = model_class.config_class.model_type
     if not is_checkpoint(name):
@@ -159,14 +159,14 @@ def create_image_model(
     label_names: list[str] | None = None,
     **fields,
 ) -> PreTrainedModel:
-    """A fresh model of the zoo for images, or a checkpoint to go on from: of the same family, or for a classifier the
-    encoder of a masked autoencoder, ours or stock.
+    """Creates a model of the zoo for images, or loads a checkpoint, ours or stock.
+
+    The checkpoint is of the same family; a classifier can also start from a masked autoencoder's encoder.
 
     Args:
         config: fields to change in the config, as `--config` takes them.
-        label_names: the classes; a head of another size than the checkpoint's begins anew.
-        **fields: more fields of the config. With another `image_size` than a checkpoint's, its positions are
-            interpolated.
+        label_names: the classes; a head of another size than the checkpoint's is initialised anew.
+        **fields: more fields of the config. If `image_size` is not the checkpoint's, positions are interpolated.
 
     Raises:
         ValueError: there is no such model, the config no such field, or the checkpoint other sizes.
@@ -182,7 +182,7 @@ def create_image_model(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turns off dropout and gradients in the block, and makes the model able to return attention maps."""
+    """In the block the model runs without dropout and gradients, and can return attention maps."""
     was_training, backend = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("eager")  # the backend that forms the maps
