@@ -24,7 +24,8 @@ from training.detection.read import DetectionData, read_detection
 from training.detection.validation import DetectionValidation
 from training.hub.results import finish
 from training.images.batches import channel_statistics
-from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
+from training.models import create_image_model, is_checkpoint, starting_config
+from training.processors import edges_of, normalisation_of
 from training.run.arguments import RunArguments, option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train

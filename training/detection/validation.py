@@ -20,7 +20,7 @@ from training.detection.pictures import decoder_attention, keep, pixels_of, stac
 from training.detection.read import DetectionRows
 from training.images.validation import whole_copy
 from training.metrics import CocoDetection, load_metric
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 from training.run.processes import on_main_process, take_turns
 
 NUM_DRAWN = 6  # images
