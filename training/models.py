@@ -175,6 +175,11 @@ def create_image_model(
     return load_or_create(name, model_class, device, config, fields, {}, new_head=label_names is not None)
 
 
+def describe(model: PreTrainedModel) -> str:
+    """Returns the model's class and size in words."""
+    return f"{type(model).__name__} with {model.num_parameters():,} parameters"
+
+
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """In the block the model runs without dropout and gradients, and can return attention maps."""

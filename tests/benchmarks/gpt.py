@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_models
-from training.hub.results import processor_name
+from training.hub.finish import processor_name
 from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, heads, vocabulary, batch, tokens

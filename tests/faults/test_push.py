@@ -20,7 +20,7 @@ from tests.finished_run import PUBLISHED, write_run
 from tests.hub_server import Fault
 from training import train_gpt
 from training.hub import errors as hub_errors
-from training.hub import results
+from training.hub import finish
 from training.hub.publish import push, replace_code
 
 WHERE = {"repo_id": "me/gpt", "branch": "next", "tag": "v1"}  # with a branch and a tag, for all the requests there are
@@ -220,7 +220,7 @@ def train(folder, monkeypatch, *flags, **options):
 
 
 def test_a_training_publishes_its_result_and_the_token_is_nowhere(hub, tmp_path, monkeypatch, everything_said):
-    monkeypatch.setattr(results, "MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr(finish, "MAX_SHARD_SIZE", "20KB")
     with pytest.raises(SystemExit) as refused:
         train(tmp_path / "run", monkeypatch, hub_model_id="you/gpt")
     said = everything_said()

@@ -29,7 +29,7 @@ from hf_models import ZooGPTForCausalLM
 from training import train_gpt
 from training.data import shards
 from training.data.documents import Corpus, Documents
-from training.hub import results
+from training.hub import finish
 from training.run import checkpoint, log, loop, processes
 from training.text import stream
 from training.text import tokens as text
@@ -43,7 +43,7 @@ PLACES = {
     "rotation": (checkpoint.Checkpoints, "_rotate"),
     "evaluation": (train_gpt, "take_turns"),
     "log": (log.MetricsLog, "_write"),
-    "curves": (results, "curves"),  # near the end of the final export
+    "curves": (finish, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),
     "shard": (shards, "write_atomic"),

@@ -22,6 +22,7 @@ from hf_models.matching import count_items
 from training.data.prefetch import Prefetcher
 from training.detection.read import DetectionRows
 from training.images.augment import jitter_colours, rectangles
+from training.run.arguments import bounded, check_bounds
 from training.run.seeds import generator
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
@@ -56,27 +57,18 @@ class DetectionTransform:
     global_batch_size: int
     mean: list[float]
     std: list[float]
-    shortest_edge: int | None = 800
-    longest_edge: int | None = 1333
-    scale_jitter: float = 0.0
-    crop: float = 0.0
-    crop_scale: float = 0.3
-    crop_visible: float = 0.25
-    flip: float = 0.5
-    color_jitter: float = 0.0
-    pad_to: int = 1
+    shortest_edge: int | None = bounded(800, at_least=1)
+    longest_edge: int | None = bounded(1333, at_least=1)
+    scale_jitter: float = bounded(0.0, at_least=0, below=1)
+    crop: float = bounded(0.0, at_least=0, at_most=1)
+    crop_scale: float = bounded(0.3, above=0, at_most=1)
+    crop_visible: float = bounded(0.25, at_least=0, at_most=1)
+    flip: float = bounded(0.5, at_least=0, at_most=1)
+    color_jitter: float = bounded(0.0, at_least=0, at_most=1)
+    pad_to: int = bounded(1, at_least=1)
 
     def __post_init__(self):
-        bounds = {
-            "from 0 to 1": (("crop", "crop_visible", "flip", "color_jitter"), lambda x: 0 <= x <= 1),
-            "at least 0 and below 1": (("scale_jitter",), lambda x: 0 <= x < 1),
-            "above 0 and at most 1": (("crop_scale",), lambda x: 0 < x <= 1),
-            "at least 1": (("shortest_edge", "longest_edge", "pad_to"), lambda x: x is None or x >= 1),
-        }
-        for bound, (names, holds) in bounds.items():
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"{name} must be {bound}, not {getattr(self, name)}")
+        check_bounds(self)
         if self.shortest_edge and self.longest_edge and self.longest_edge < self.shortest_edge:
             raise ValueError(f"longest_edge must be at least shortest_edge, {self.shortest_edge}")
         if len(self.mean) != len(self.std) or min(self.std) <= 0:

@@ -25,7 +25,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from PIL import Image
 
 from hf_models.zoo import ZOO
-from training.hub.hand_written import is_foreign, merge, merge_header, split_header
+from training.hub.card_edits import is_foreign, merge, merge_header, split_header
 from training.hub.snippets import PIPELINES, USES, snippet
 from training.run.arguments import user_errors
 from training.run.folder import text_of, write_atomic

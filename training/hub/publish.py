@@ -1,7 +1,8 @@
 """From a finished run to the Hub: one commit, which is safe to repeat.
 
     python -m training.publish runs/gpt-embedded --repo user/name
-    python -m training.publish user/name --code_only    only replace the code that is published there by the current one
+    python -m training.publish runs/gpt-embedded --code_only    only replace the code by the current one, here and there
+    python -m training.publish user/name --code_only            the same, only there
 
 A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
 left there and the run no longer has.
@@ -15,8 +16,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
+    HFValidationError,
     HTTPError,  # of the HTTP client that huggingface_hub uses, whichever it is
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -26,9 +28,9 @@ from huggingface_hub.hf_api import RepoFile
 from hf_models.base import ZOO_VERSION
 from hf_models.verify import SUMS, checksums, is_listed
 from training.hub.card import EVAL_RESULTS, PICTURES, card_files
+from training.hub.card_edits import is_foreign, sections
 from training.hub.commits import Commit, Plan, refuse_token
-from training.hub.errors import explain, is_passing, without_token
-from training.hub.hand_written import is_foreign, sections
+from training.hub.errors import explain, is_passing, persist, without_token
 from training.hub.renewal import PACKAGE, renew
 from training.hub.snapshots import WEIGHTS, export_step
 from training.hub.snippets import EXAMPLE
@@ -122,6 +124,37 @@ def replace_code(
         _CodePush(repo_id, private, branch or "main", tag).run(dry_run)
 
     _in_one_line(publish, what, repo_id, run, options)
+
+
+def find_repository(folder: Path) -> str | None:
+    """Returns the repository that `python -m training.publish FOLDER` would publish to: the login's user, and the name
+    of the folder. None, after saying why, if there is no such repository or nobody is logged in.
+
+    Raises:
+        ValueError: the folder holds no checkpoint of this package, or the Hub does not answer.
+    """
+    renew(folder)  # before the Hub is asked
+    if get_token() is None:
+        reason = "nobody is logged in"
+    elif is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        name = folder.resolve().name
+
+        def find() -> str | None:
+            repo_id = f"{persist(HfApi().whoami)['name']}/{name}"
+            try:
+                return repo_id if persist(lambda: HfApi().repo_exists(repo_id)) else None
+            except HFValidationError:  # the Hub allows no such name
+                return None
+
+        what = f"look for a repository {name} on the Hub"
+        options = {"--code_only": True, "--dry-run": True}
+        if repo_id := _in_one_line(find, what, name, folder, options):
+            return repo_id
+        reason = f"your login has no repository {name} on the Hub"
+    print(f"only the folder is changed: {reason}; --repo names a repository whose code is to be replaced", flush=True)
+    return None
 
 
 def _replace_code_here(folder: Path, dry_run: bool):
@@ -342,7 +375,7 @@ def main(argv: list[str] | None = None):
         "--code-only",
         action="store_true",
         help="replace the code of a checkpoint by the current one, with the sums and the card, but leave the weights "
-        "alone: in the folder RUN_DIR, and in --repo if it is given; or in the repository RUN_DIR",
+        "alone: in the folder RUN_DIR and in its repository, if there is one; or only in the repository RUN_DIR",
     )
     with user_errors(), contextlib.ExitStack() as stack:
         args, unknown = parser.parse_known_args(argv)
@@ -353,7 +386,9 @@ def main(argv: list[str] | None = None):
             if args.step is not None:
                 raise ValueError(f"--code_only takes no --step: name its branch, --branch step-{args.step}")
             options = {"branch": args.branch, "tag": args.tag, "dry_run": args.dry_run}
-            replace_code(args.run_dir, args.repo, args.private, **options)
+            is_folder = Path(args.run_dir).is_dir()
+            repo = find_repository(Path(args.run_dir)) if is_folder and args.repo is None else args.repo
+            replace_code(args.run_dir, repo, args.private, **options)
             return
         published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
         if not args.dry_run and os.access(folder, os.W_OK):  # what nobody can write needs no lock

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.run.arguments import bounded, check_bounds
 from training.run.seeds import uniform_rows
 
 OPERATIONS = (
@@ -69,26 +70,20 @@ class Augmentation:
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     translate: int = 0
-    flip: float = 0.5
-    rand_augment_ops: int = 0
-    rand_augment_magnitude: float = 9
-    color_jitter: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    label_smoothing: float = 0.0
+    flip: float = bounded(0.5, at_least=0, at_most=1)
+    rand_augment_ops: int = bounded(0, at_least=0)
+    rand_augment_magnitude: float = bounded(9, at_least=0, at_most=MAX_MAGNITUDE)
+    color_jitter: float = bounded(0.0, at_least=0, at_most=1)
+    erasing: float = bounded(0.0, at_least=0, at_most=1)
+    mixup: float = bounded(0.0, at_least=0)
+    cutmix: float = bounded(0.0, at_least=0)
+    mix_probability: float = bounded(1.0, at_least=0, at_most=1)
+    label_smoothing: float = bounded(0.0, at_least=0, below=1)
 
     def __post_init__(self):
         size = self.image_size
         self.height, self.width = (size, size) if isinstance(size, int) else size
-        for name in ("flip", "color_jitter", "erasing", "mix_probability"):
-            _check(name, getattr(self, name), "from 0 to 1", lambda x: 0 <= x <= 1)
-        for name in ("rand_augment_ops", "mixup", "cutmix"):
-            _check(name, getattr(self, name), "at least 0", lambda x: 0 <= x < np.inf)
-        _check("label_smoothing", self.label_smoothing, "at least 0 and below 1", lambda x: 0 <= x < 1)
-        magnitude = self.rand_augment_magnitude
-        _check("rand_augment_magnitude", magnitude, f"from 0 to {MAX_MAGNITUDE}", lambda x: 0 <= x <= MAX_MAGNITUDE)
+        check_bounds(self)
         smallest = min(self.height, self.width)
         _check("translate", self.translate, f"from 0 to below the {smallest} pixels", lambda x: 0 <= x < smallest)
         if self.crop_scale is not None:

@@ -177,3 +177,23 @@ def whole_copy(
     whole = model_class(accelerator.unwrap_model(model, keep_torch_compile=False).config)
     whole.load_state_dict(tensors["model"])
     return whole.to(accelerator.device).eval()
+
+
+def finish_measuring(
+    accelerator: Accelerator, validation, model: nn.Module, results: dict[str, Any], train_rows
+) -> tuple[dict[str, Any], dict]:
+    """Looks closer at the trained model, and prints what that finds and which images were converted or skipped.
+
+    Args:
+        validation: of images or of boxes, with the held-out `rows`.
+        results: what was measured during the training.
+        train_rows: the images that were trained on.
+
+    Returns:
+        All that was measured, and pictures by the names of their files.
+    """
+    measured, pictures = validation.look_closer(model, results)
+    found = [f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float)]
+    reports = [line for rows in (train_rows, validation.rows) for line in rows.report(gather_object)]
+    accelerator.print("\n".join([*reports, *found]))
+    return {**results, **measured}, pictures

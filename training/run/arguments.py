@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -26,10 +27,44 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
+# ---- bounds of the fields of a dataclass ----
 
-def option(default, help: str, group: str = "this script"):
-    """A field of an arguments dataclass: its default, its help text, and the heading `--help` lists it under."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def bounded(default=dataclasses.MISSING, **bounds: float):
+    """Returns a field of a dataclass whose value `check_bounds` checks.
+
+    bounds: any of `at_least`, `above`, `at_most`, `below`. A value with a bound is also finite, or None.
+    """
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+def check_bounds(instance) -> None:
+    """Raises ValueError naming the first field of a dataclass that is out of its bounds."""
+    for field in dataclasses.fields(instance):
+        value, bounds = getattr(instance, field.name), {k: v for k, v in field.metadata.items() if k in BOUNDS}
+        if value is None or not bounds:
+            continue
+        if not math.isfinite(value) or not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+            if bounds.keys() == {"at_least", "at_most"}:
+                words = f"from {bounds['at_least']} to {bounds['at_most']}"
+            raise ValueError(f"{field.name} must be {words}, not {value}")
+
+
+# ---- the options that scripts share ----
+
+
+def option(default, help: str, group: str = "this script", **bounds: float):
+    """Returns a field of an arguments dataclass.
+
+    Args:
+        help: what `--help` says about it.
+        group: the heading that `--help` lists it under.
+        bounds: as in `bounded`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, **bounds})
 
 
 @dataclass
@@ -39,11 +74,13 @@ class RunArguments:
     recipe: str | None = option(None, "YAML file of defaults for the options below", "run")
     output_dir: str | None = option(None, "folder for all results; None: runs/<name of the recipe or script>", "run")
     restart: bool = option(False, "move an earlier run in output_dir aside instead of resuming it", "run")
-    seed: int = option(1337, "seed of the weights, the data order and the dropout", "run")
-    log_every: int = option(10, "steps between two lines of metrics.jsonl", "run")
-    eval_every: int = option(250, "steps between two evaluations; 0: only at the end", "run")
-    save_every: int = option(250, "steps between two checkpoints; 0: only at the end", "run")
-    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", "run")
+    seed: int = option(1337, "seed of the weights, the data order and the dropout", "run", at_least=0)
+    log_every: int = option(10, "steps between two lines of metrics.jsonl", "run", at_least=1)
+    eval_every: int = option(250, "steps between two evaluations; 0: only at the end", "run", at_least=0)
+    save_every: int = option(
+        250, "steps between two checkpoints; besides, every evaluated step is saved", "run", at_least=0
+    )
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep", "run", at_least=1)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "experiment tracker", "run")
 
     data: str = option("embedded", "'embedded', a Hub data set name, or a local file or folder", "data and model")
@@ -51,31 +88,52 @@ class RunArguments:
         None, "a name from `python -m hf_models`, or a checkpoint (folder or Hub name) to start from", "data and model"
     )
 
-    max_steps: int = option(1000, "number of optimizer steps", "optimization")
-    global_batch_size: int = option(32, "samples in one step, whatever the number of processes", "optimization")
+    max_steps: int = option(1000, "number of optimizer steps", "optimization", at_least=1)
+    global_batch_size: int = option(
+        32, "samples in one step, whatever the number of processes", "optimization", at_least=1
+    )
     micro_batch_size: int | None = option(
-        None, "samples in one forward of one process; None: its whole share of the global batch", "optimization"
+        None,
+        "samples in one forward of one process; None: its whole share of the global batch",
+        "optimization",
+        at_least=1,
     )
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "muon: on the blocks' matrices and filters, AdamW elsewhere", "optimization"
     )
-    learning_rate: float = option(1e-3, "peak learning rate", "optimization")
-    matrix_learning_rate: float | None = option(None, "Muon's peak learning rate; None: the same", "optimization")
-    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", "optimization")
-    beta1: float = option(0.9, "AdamW's decay of the mean of the gradient", "optimization")
-    beta2: float = option(0.99, "AdamW's decay of the mean of the squared gradient", "optimization")
+    learning_rate: float = option(1e-3, "peak learning rate", "optimization", above=0)
+    matrix_learning_rate: float | None = option(
+        None, "Muon's peak learning rate; None: the same", "optimization", above=0
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", "optimization", at_least=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean of the gradient", "optimization", at_least=0, below=1)
+    beta2: float = option(
+        0.99, "AdamW's decay of the mean of the squared gradient", "optimization", at_least=0, below=1
+    )
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", "course of the learning rate after the warm-up", "optimization"
     )
-    warmup_steps: int = option(100, "steps of linear warm-up", "optimization")
-    cooldown_steps: int = option(0, "last steps, in which a constant schedule falls to zero", "optimization")
-    final_learning_rate: float = option(0.1, "end of cosine and linear, as a fraction of the peak", "optimization")
-    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", "optimization")
-    ema_decay: float = option(0.0, "decay of an exponential moving average of the weights; 0: none", "optimization")
-    layer_decay: float = option(
-        1.0, "each layer's learning rate, as a fraction of that of the layer above it", "optimization"
+    warmup_steps: int = option(100, "steps of linear warm-up", "optimization", at_least=0)
+    cooldown_steps: int = option(
+        0, "last steps, in which a constant schedule falls to zero", "optimization", at_least=0
     )
-    patience: int = option(0, "evaluations in a row without a better one after which to stop; 0: never", "optimization")
+    final_learning_rate: float = option(
+        0.1, "end of cosine and linear, as a fraction of the peak", "optimization", at_least=0, at_most=1
+    )
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", "optimization", at_least=0)
+    ema_decay: float = option(
+        0.0, "decay of an exponential moving average of the weights; 0: none", "optimization", at_least=0, below=1
+    )
+    layer_decay: float = option(
+        1.0,
+        "each layer's learning rate, as a fraction of that of the layer above it",
+        "optimization",
+        above=0,
+        at_most=1,
+    )
+    patience: int = option(
+        0, "evaluations in a row without a better one after which to stop; 0: never", "optimization", at_least=0
+    )
 
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "None: as `accelerate launch` set it", "speed and memory"
@@ -92,46 +150,13 @@ class RunArguments:
     hub_private: bool = option(False, "make the repository private, and refuse a public one", "publishing")
 
     def __post_init__(self):
-        counts = ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints")
-        sizes = ("seed", "eval_every", "save_every", "warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm")
-        sizes += ("patience",)
-        bounds = {
-            "at least 1": (counts, lambda x: x >= 1),
-            "at least 0": (sizes, lambda x: 0 <= x < math.inf),
-            "at least 0 and below 1": (("beta1", "beta2", "ema_decay"), lambda x: 0 <= x < 1),
-            "above 0": (("learning_rate", "matrix_learning_rate"), lambda x: 0 < x < math.inf),
-            "above 0 and at most 1": (("layer_decay",), lambda x: 0 < x <= 1),
-            "a fraction of learning_rate, from 0 to 1": (("final_learning_rate",), lambda x: 0 <= x <= 1),
-        }
-        for bound, (names, holds) in bounds.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{name} must be {bound}, not {value}")
+        check_bounds(self)
         if self.cooldown_steps and self.schedule != "constant":
             raise ValueError(f"cooldown_steps belongs to schedule 'constant', not to {self.schedule!r}")
         if self.cooldown_steps > self.max_steps:
             raise ValueError(f"cooldown_steps is {self.cooldown_steps}, more than the {self.max_steps} of max_steps")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the user/name of the repository")
-
-
-@dataclass
-class TextArguments(RunArguments):
-    """The options of the scripts that train on plain text."""
-
-    config: str | None = option(None, "fields to change in it: 'hidden_size=256,num_hidden_layers=8'", "model")
-    tokenizer: str = option("bpe", "'bpe', 'char' or 'wordpiece', made from the data, or an existing one", "text")
-    vocab_size: int = option(4096, "most tokens of a 'bpe' or 'wordpiece' tokenizer", "text")
-    text_column: str = option("text", "column of .jsonl, .parquet and Hub data sets", "text")
-    validation_fraction: float = option(0.1, "part of the text to hold out where the data has no such split", "text")
-    streaming: bool = option(False, "read a Hub data set as it arrives instead of downloading it first", "text")
-    eval_batch_size: int = option(16, "rows of an evaluation batch", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.eval_batch_size < 1:
-            raise ValueError(f"eval_batch_size must be at least 1, not {self.eval_batch_size}")
 
 
 def with_defaults(cls, **defaults) -> type:
@@ -184,6 +209,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
     if values.get("output_dir", "") is None:
         values["output_dir"] = str(Path("runs", Path(recipe or sys.argv[0]).stem))
     return cls(**values)
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """Returns ["cat", "dog"] from "cat, dog"; None from None."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def parse_fields(text: str | None) -> dict:

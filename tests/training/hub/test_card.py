@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.training.cards import EVAL_RESULTS, assert_fits, assert_valid_header, code_of
 from training.hub.card import LARGEST_PICTURE, card_files, export, public_name, public_path, small_picture, write_card
-from training.hub.hand_written import is_foreign
+from training.hub.card_edits import is_foreign
 from training.hub.snippets import USES, snippet
 
 RESULTS = {

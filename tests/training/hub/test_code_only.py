@@ -409,9 +409,34 @@ def test_a_commit_of_somebody_else_in_between_is_taken_in(old, hub, monkeypatch)
 # ---- the command line ----
 
 
-def test_without_a_repository_only_the_folder_changes(old, hub, capsys):
+def test_without_repo_the_code_is_replaced_where_a_push_would_send_it(old, hub, capsys):
+    push(old, "me/gpt")
+    repository = hub.repository("me/gpt")
+    before = repository.files()
+    main([str(old), "--code_only", "--dry-run"])
+    assert "would publish to " in capsys.readouterr().out and repository.files() == before
     main([str(old), "--code_only"])
-    assert f"changed {old}:" in capsys.readouterr().out and not hub.requests
+    assert f"changed {old}:" in (printed := capsys.readouterr().out) and "only the folder" not in printed
+    assert repository.log()[0]["title"] == f"Replace the code by that of hf_models {__version__}"
+    assert differing(before, repository.files()) == ALWAYS | FORMER.keys()
+
+
+def test_without_a_repository_or_a_login_only_the_folder_changes_and_it_says_so(old, hub, capsys, monkeypatch):
+    folders = [shutil.copytree(old, old.with_name(name)) for name in ("logged-out", "offline", "no name of a repo")]
+    main([str(old), "--code_only"])
+    said = "only the folder is changed: your login has no repository gpt on the Hub; --repo names"
+    assert said in (printed := capsys.readouterr().out) and f"changed {old}:" in printed
+    assert not [request for request in hub.requests if request.method != "GET"]
+    main([str(folders[2]), "--code_only"])
+    assert "your login has no repository no name of a repo on the Hub" in capsys.readouterr().out
+    hub.requests.clear()
+    monkeypatch.setattr("training.hub.publish.is_offline_mode", lambda: True)
+    main([str(folders[1]), "--code_only"])
+    assert "only the folder is changed: HF_HUB_OFFLINE is set" in capsys.readouterr().out
+    monkeypatch.setattr("training.hub.publish.get_token", lambda: None)
+    main([str(folders[0]), "--code_only"])
+    assert "only the folder is changed: nobody is logged in" in (printed := capsys.readouterr().out)
+    assert f"changed {folders[0]}:" in printed and not hub.requests
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 
 from training.run.arguments import (
     RunArguments,
+    bounded,
+    check_bounds,
     option,
     parse_arguments,
     parse_fields,
@@ -18,7 +21,7 @@ from training.run.arguments import (
 
 @dataclass
 class Arguments(RunArguments):
-    max_steps: int = option(50, "number of steps; more is better by 100%")
+    max_steps: int = option(50, "number of steps; more is better by 100%", at_least=1)
     context_length: int = option(64, "tokens in a row")
 
 
@@ -75,6 +78,34 @@ def test_the_output_folder_is_named_after_the_recipe_or_the_script(tmp_path, mon
     assert parse().output_dir == os.path.join("runs", "train_gpt")
     assert parse("--recipe", recipe(tmp_path, "{}")).output_dir == os.path.join("runs", "quick")
     assert parse("--output_dir", "here").output_dir == "here"
+
+
+@dataclass
+class Bounded:
+    part: float | None = bounded(None, above=0, at_most=1)
+    count: int = bounded(2, at_least=2)
+    share: float = bounded(0.5, at_least=0, at_most=1)
+    free: float = math.inf
+
+    def __post_init__(self):
+        check_bounds(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"part": 0}, "part must be above 0 and at most 1, not 0"),
+        ({"part": math.nan}, "part must be above 0 and at most 1, not nan"),
+        ({"count": 1}, "count must be at least 2, not 1"),
+        ({"count": math.inf}, "count must be at least 2, not inf"),
+        ({"share": 1.5}, "share must be from 0 to 1, not 1.5"),
+    ],
+)
+def test_a_field_out_of_its_bounds_is_named(values, message):
+    Bounded(part=1, count=2, share=0)
+    with pytest.raises(ValueError) as caught:
+        Bounded(**values)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

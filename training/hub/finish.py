@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,14 @@ from training.run.checkpoint import gather_training_state
 from training.run.folder import write_atomic
 
 
+class DataSource(Protocol):
+    """Where training data is from: what a card says about it."""
+
+    source: str
+    fingerprint: str
+    license: str | None
+
+
 def finish(
     args: RunArguments,
     accelerator: Accelerator,
@@ -38,7 +46,7 @@ def finish(
     results: dict[str, Any],
     *,
     task: str,
-    data: dict[str, Any],
+    data: DataSource,
     pictures: dict[str, Figure | Image] | None = None,
 ):
     """Makes the output folder a checkpoint that loads anywhere: weights, code, processor, card, curves, results.
@@ -46,7 +54,7 @@ def finish(
     Args:
         processor: the tokenizer or image processor.
         task: the pipeline that the model is for.
-        data: source, fingerprint and licence of the training data.
+        data: the training data, or whatever knows where it is from.
         pictures: more than the curves, by the name of the file; see `card.PICTURES`.
     """
     output_dir = Path(args.output_dir)
@@ -73,7 +81,6 @@ def finish(
         staging.rmdir()
         code = snippet(args.output_dir, task)
         origins = [args.model, getattr(args, "backbone_weights", None)]
-        named = {"source": args.data_name or data["source"], "licence": args.data_license or data["licence"]}
         measured = {
             **results,
             "family": type(bare).__name__,
@@ -84,7 +91,11 @@ def finish(
             "command": launch_command(args, accelerator),
             "recipe": args.recipe and public_path(args.recipe),
             "recipe_fingerprint": args.recipe and recipe_fingerprint(args.recipe),
-            "data": {**data, **named},
+            "data": {
+                "source": args.data_name or data.source,
+                "fingerprint": data.fingerprint,
+                "licence": args.data_license or data.license,
+            },
             "hardware": describe_hardware(accelerator),
             "versions": versions(),
         }

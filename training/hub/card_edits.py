@@ -1,15 +1,21 @@
-"""What people write into a card stays when the card is written again, be it beside the run or on the Hub:
+"""Keeps what people write into a card when the card is written again, beside the run or on the Hub.
 
-<!-- by hand: limits (a note on what this is) -->
-Their words.
-<!-- end by hand -->
+A person writes in the sections between these marks:
 
-So does what they change in the header: licence, language, tags and every field that does not come from the results.
+    <!-- by hand: limits (a note on what this is) -->
+    Their words.
+    <!-- end by hand -->
 
-When a card goes to the Hub, it tells of each section and of the header which versions there have been, as hashes:
-<!-- by hand: limits 0a1b2c3d 4e5f6a7b ... -->. Each is made with the one before it, like the commits of git, so that of
-two cards, of the run or of any place that it was pushed to, one can tell whether the one follows the other, or whether
-both were changed since they were the same.
+and in the header: licence, language, tags and every field that does not come from the results.
+
+One card can lie beside the run and in several repositories, and people may edit any of them. A card on the Hub
+therefore lists the versions that each section and the header have had, the newest last:
+
+    <!-- by hand: limits 0a1b2c3d 4e5f6a7b ... -->
+
+A version's id is a hash of its words and of the id before it, as the id of a commit in git. Of two cards, the one whose
+list contains the newest id of the other is the newer one. If neither list contains the other's, both were changed since
+they were the same, and a person has to decide.
 """
 
 import hashlib
@@ -32,39 +38,50 @@ PRESET = ("license", "language")  # ours until a person says otherwise
 
 
 class Section(NamedTuple):
-    """A part of a card that belongs to a person. published: the versions that went to the Hub, the last one last."""
+    """A part of a card that belongs to a person."""
 
     name: str
-    published: tuple[str, ...]
-    note: str
+    published: tuple[str, ...]  # ids of the versions that went to the Hub, the newest last
+    note: str  # what the template says about the section, in the mark
     words: str
 
     def is_edited(self, default: "Section | None") -> bool:
-        """Whether a person has changed it since it was published, or if it never was, since the template."""
+        """Returns whether a person changed it after it was published, or after the template if it never was.
+
+        default: the section as the template has it; None: the template has no such section.
+        """
         return self.versions(default) != (self.published or _versions_of(default))
 
     def versions(self, default: "Section | None") -> tuple[str, ...]:
-        """Those published, else the template's, and then its words as they are now."""
+        """Returns the ids of its versions: the published ones (or the template's), and that of its present words."""
         earlier = self.published or _versions_of(default)
-        if earlier and earlier[-1] == _hash(self.words, *earlier[-2:-1]):
-            return earlier
-        return *earlier, _hash(self.words, *earlier[-1:])
+        if earlier and earlier[-1] == _version_id(self.words, *earlier[-2:-1]):
+            return earlier  # the newest published version has these words
+        return *earlier, _version_id(self.words, *earlier[-1:])
 
     def text(self) -> str:
+        """Returns the section with its marks."""
         mark = " ".join([self.name, *self.published])
         return f"<!-- by hand: {mark}{self.note}-->\n{self.words}<!-- end by hand -->"
 
 
 def sections(card: str | None) -> dict[str, Section]:
-    """The sections of a card that belong to a person, by name."""
+    """Returns the sections of a card that belong to a person, by name."""
     found = (match.groupdict() for match in MARKED.finditer(_unix(card)))
     return {one["name"]: Section(**{**one, "published": tuple(one["published"].split())}) for one in found}
 
 
 def merge(body: str, own: str | None, published: str | None, publishes: bool) -> str:
-    """`body`, a card fresh from the template, with the words of the one beside the run, `own`, and the one on the Hub.
+    """Returns a card with the words that people wrote into earlier ones.
 
-    publishes: whether the result goes to the Hub. Raises ValueError if a section was changed in both.
+    Args:
+        body: the card, fresh from the template, without its header.
+        own: the card beside the run; None: there is none.
+        published: the card on the Hub; None: there is none.
+        publishes: whether the result goes to the Hub, so that its sections list their versions.
+
+    Raises:
+        ValueError: a section was changed both beside the run and on the Hub.
     """
     default, here, there = sections(body), sections(own), sections(published)
     chosen = {}
@@ -79,10 +96,18 @@ def merge(body: str, own: str | None, published: str | None, publishes: bool) ->
 def merge_header(
     header: dict[str, Any], own: str | None, published: str | None, publishes: bool
 ) -> tuple[dict[str, Any], str]:
-    """What people changed of `header`, which is fresh from the results, in the card beside the run or in the one on the
-    Hub, None for what they took out; and the mark of its versions, which belongs below the header.
+    """Returns what people changed in the header of a card.
 
-    Raises ValueError if it was changed in both.
+    Args:
+        header: the fields as they come from the results.
+        own, published, publishes: as in `merge`.
+
+    Returns:
+        The changed fields, None for a field that was taken out; and the mark that lists the versions of the header,
+        which belongs below it.
+
+    Raises:
+        ValueError: the header was changed both beside the run and on the Hub.
     """
     plain = Section("header", (), "", "")
     here, there = _header_section(header, own), _header_section(header, published)
@@ -97,12 +122,13 @@ def merge_header(
 
 
 def _header_section(fresh: dict[str, Any], card: str | None) -> Section | None:
-    """What in the header of a card is a person's, as YAML. None if there is no header, or none that can be read."""
+    """Returns the fields of a card's header that belong to a person, as a section of YAML; None if the card has no
+    header that can be read."""
     found, body = split_header(card)
     if not found:
         return None
     theirs = {name: value for name, value in found.items() if name not in (*FROM_RESULTS, *PRESET, "tags")}
-    is_ours = "library_name" in found  # in another one, a field that is missing was not taken out
+    is_ours = "library_name" in found  # only from a header of ours can a person have taken a field out
     for name in PRESET:
         if (name in found or is_ours) and found.get(name) != fresh[name]:
             theirs[name] = found.get(name)
@@ -120,11 +146,19 @@ def _fields(header: Section | None) -> dict[str, Any]:
 
 
 def _newest(here: Section | None, there: Section | None, plain: Section | None, what: str) -> Section | None:
-    """Of a part's versions beside the run and on the Hub the one that follows the other."""
+    """Returns the newer one of a section beside the run and on the Hub.
+
+    Args:
+        plain: the section as the template has it.
+        what: what to call the section in an error.
+
+    Raises:
+        ValueError: both were changed since they were the same.
+    """
     if here is None or there is None:
         return here or there
     ours, theirs = here.versions(plain), there.versions(plain)
-    if here.words.strip() == there.words.strip():  # from now on it follows both
+    if here.words.strip() == there.words.strip():  # the next version comes after the versions of both
         return there._replace(published=tuple(dict.fromkeys([*there.published, *here.published])))
     if ours[-1] in theirs or not here.published and not here.is_edited(plain):
         return there
@@ -134,32 +168,34 @@ def _newest(here: Section | None, there: Section | None, plain: Section | None, 
 
 
 def is_foreign(card: str | None) -> bool:
-    """Whether a README is all a person's: it has words, and none of our marks. A header alone, as the Hub's web page
-    makes it, is nobody's."""
+    """Returns whether a person wrote the whole README: it has words, and none of our marks.
+
+    A header alone does not count: the Hub's web page makes one.
+    """
     text = _unix(card)
     header = HEADER.match(text)
     return bool(text[header.end() if header else 0 :].strip()) and not sections(card)
 
 
 def split_header(card: str | None) -> tuple[dict[str, Any], str]:
-    """The YAML header of a card and what is below. A header that cannot be read counts as none."""
+    """Returns the YAML header of a card and the text below it. A header that cannot be read counts as none."""
     text = _unix(card)
     found = HEADER.match(text)
     if found is None:
         return {}, text
     try:
         header = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError):  # ValueError: of a date that there is not
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         header = None
     header = header if isinstance(header, dict) else {}
     return {name: value for name, value in header.items() if isinstance(name, str)}, text[found.end() :]
 
 
 def _versions_of(default: Section | None) -> tuple[str, ...]:
-    return (_hash(default.words),) if default else ()
+    return (_version_id(default.words),) if default else ()
 
 
-def _hash(words: str, earlier: str = "") -> str:
+def _version_id(words: str, earlier: str = "") -> str:
     return hashlib.sha256((earlier + words.strip()).encode()).hexdigest()[:8]
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from training import train_gpt
-from training.hub.results import without_one_time_options
+from training.hub.finish import without_one_time_options
 
 TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2"
 
