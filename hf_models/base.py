@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing, logging
 
-ZOO_VERSION = "0.1.0"
+ZOO_VERSION = "0.2.0"
 
 # The versions of transformers that the whole suite, or the part named in docs/transformers.md, was run with.
 TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")
