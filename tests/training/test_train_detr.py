@@ -21,7 +21,8 @@ import hf_models
 from tests.faults.processes import draw_shapes
 from tests.training.cards import code_of
 from training import train_detr
-from training.models import create_image_model, edges_of
+from training.models import create_image_model
+from training.processors import edges_of
 from training.run.arguments import parse_arguments
 from training.train_detr import DetrArguments, choose_edges, choose_normalisation
 

@@ -21,7 +21,8 @@ from training.images.augment import Augmentation
 from training.images.batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
 from training.images.read import read_images
 from training.images.validation import ClassValidation
-from training.models import create_image_model, normalisation_of
+from training.models import create_image_model
+from training.processors import normalisation_of
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
 TINY_DECODER = ",decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"

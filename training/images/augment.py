@@ -5,10 +5,9 @@
     draws = augment.draw(step, range(0, 128))           # on the host: all that is random
     images, targets = augment(pixels, labels, draws)    # on the device: (B, C, H, W), (B, num_labels)
 
-What is random is drawn for each image from (seed, step, position in the global batch), so that micro-batches, processes
-and resuming change nothing. kornia has the same operations, but each is a pass of its own over the batch, and values
-between whole ones differ from PIL's. Here operations of one kind share one pass, with a parameter for each image, and
-sums are exact in any order.
+Augmentation depends only on seed, step and position in the global batch, so micro-batches, processes and resuming
+change nothing. kornia has the same operations, but each takes a pass of its own over the batch and rounds differently
+from PIL. Here operations of one kind share one pass, with a parameter for each image, and sums are exact in any order.
 
 Dimensions: B images, C channels, H and W pixels, N operations of RandAugment. Images are float tensors of whole values
 from 0 to 255 up to the normalisation, so that each operation gives what PIL's gives.
@@ -30,13 +29,13 @@ OPERATIONS = (
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
 MAX_MAGNITUDE = 10
-# A number for each kind of draw. None is 0: a seed that ends with 0 gives the same numbers as one without it.
-STREAMS = {name: number for number, name in enumerate(("crop", "place", "colour", "operations", "erase", "mix"), 1)}
+# A number for each kind of draw, from 1, because a seed that ends with 0 gives the same numbers as one without the 0.
+STREAMS = {name: number for number, name in enumerate(("crop", "shift", "colour", "operations", "erase", "mix"), 1)}
 
 
 @dataclass(kw_only=True)
 class Augmentation:
-    """All random changes of a batch; with the defaults, half of the images are mirrored.
+    """All random changes of a batch; with the defaults, half of the images are mirrored and nothing else changes.
 
     image_size: pixels of a side, or (height, width), after the crop.
     num_labels: number of classes; needed for soft labels (mixup, cutmix, label_smoothing).
@@ -47,9 +46,10 @@ class Augmentation:
     translate: largest shift down or right, up or left, in pixels; what comes in is black (He et al. 2016, section 4.2).
     flip: probability of a mirror image.
     rand_augment_ops, rand_augment_magnitude: N and M of RandAugment (Cubuk et al. 2019, section 3): N operations, each
-        any of the 14 `OPERATIONS`, of magnitude M from 0 to 10. At 10 these are: shear by 0.3, shift by 150/331 of the
-        size, rotation by 30 degrees, colour, contrast, brightness and sharpness times 1.9 or 0.1, inversion from 0 on
-        (solarize), 4 bits (posterize). Unlike the authors' code, a larger magnitude is always the stronger change.
+        any of the 14 `OPERATIONS`, of magnitude M from 0 to 10. At 10, images are sheared by 0.3, shifted by 150/331 of
+        their size, rotated by 30 degrees, changed in colour, contrast, brightness and sharpness by the factor 1.9 or
+        0.1, inverted from value 0 on (solarize), or cut to 4 bits (posterize). Unlike in the authors' code, a larger
+        magnitude is always a stronger change.
     color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
     erasing: probability that a rectangle of 2 to 40 % of the area gets the mean colour (Zhong et al. 2017, RE-M).
     mixup, cutmix: alpha of the Beta distribution of a mixture of images 2k and 2k + 1 (Zhang et al. 2018), and of the
@@ -105,14 +105,16 @@ class Augmentation:
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
     def draw(self, step: int, positions: range) -> dict[str, Tensor]:
-        """All that is random about the images at these positions of the global batch: a pure function of the seed, the
-        step and each position. A few small tensors, with B rows each, for what is in use.
+        """Draws all random numbers for the images at these positions of the global batch.
 
-        crop (B, 4): see `boxes`. place (B, 3): shift down and right in pixels, 1 for a mirror image. colour (B, 3):
+        They depend only on the seed, the step and each position. Returns small tensors with B rows, one for each kind
+        of change that is in use.
+
+        crop (B, 4): see `boxes`. shift (B, 3): shift down and right in pixels, 1 for a mirror image. colour (B, 3):
         factors. operations (B, N): indices into OPERATIONS; parameters (B, N, 9): see `operate`. erased (B, 4): left,
         top, right, bottom in pixels. mix (B, 6): how much of an image, and of its label, stays its own beside
         its partner's, then the rectangle in which it is its partner, like erased.
-        Raises ValueError for positions outside the global batch, or that part a pair.
+        Raises ValueError for positions outside the global batch, and for positions that split a pair.
         """
         if not 0 <= positions.start < positions.stop <= self.global_batch_size or positions.step != 1:
             raise ValueError(f"{positions} lies outside the global batch of {self.global_batch_size} images")
@@ -127,9 +129,9 @@ class Augmentation:
         if self.crop_scale is not None:
             draws["crop"] = uniforms("crop", 4)
         if self.translate or self.flip:
-            *shifts, flip = uniforms("place", 3)
+            *shifts, flip = uniforms("shift", 3)
             shifts = [np.floor(shift * (2 * self.translate + 1)) - self.translate for shift in shifts]
-            draws["place"] = np.stack([*shifts, flip < self.flip])
+            draws["shift"] = np.stack([*shifts, flip < self.flip])
         if self.color_jitter:
             draws["colour"] = 1 + self.color_jitter * (2 * uniforms("colour", 3) - 1)
         if self.rand_augment_ops:
@@ -138,8 +140,8 @@ class Augmentation:
             magnitude = self.rand_augment_magnitude / MAX_MAGNITUDE * np.where(sign < 0.5, -1, 1)
             draws["parameters"] = operation_parameters(draws["operations"], magnitude, self.height, self.width)
         if self.erasing:
-            erases, *place = uniforms("erase", 5)
-            left, top, width, height = rectangles(place, (0.02, 0.4), (0.3, 1 / 0.3), self.width / self.height)
+            erases, *rectangle = uniforms("erase", 5)
+            left, top, width, height = rectangles(rectangle, (0.02, 0.4), (0.3, 1 / 0.3), self.width / self.height)
             box = np.stack([left, top, left + width, top + height]) * (erases < self.erasing)
             draws["erased"] = self._whole_pixels(box)
         if self.mixes:
@@ -180,8 +182,8 @@ class Augmentation:
         pixels: uint8 (B, C, H, W). labels: class ids (B,), or None. draws: what `draw` gave, on the same device.
         Returns float32 (B, C, H, W) and float32 (B, num_labels), or the labels as they are. The host never waits.
         """
-        if "place" in draws:
-            pixels = place(pixels, *draws["place"].unbind(1), self.translate)
+        if "shift" in draws:
+            pixels = shift_and_mirror(pixels, *draws["shift"].unbind(1), self.translate)
         if "colour" in draws or "operations" in draws:
             pixels = pixels.float()
         if "colour" in draws:
@@ -198,8 +200,10 @@ class Augmentation:
         return images, labels
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) from 0 to 255 -> float32 with the mean taken off, over the standard deviation. All that an image
-        goes through for evaluation."""
+        """Subtracts the mean of (B, C, H, W), from 0 to 255, and divides by the standard deviation, in float32.
+
+        In an evaluation nothing else is done to an image.
+        """
         if self._mean.device != pixels.device:
             self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return (pixels.float() - self._mean) / self._std
@@ -218,11 +222,17 @@ def _check(name, value, bound, holds):
 
 
 def rectangles(uniforms, scale: tuple[float, float], ratio: tuple[float, float], aspect) -> np.ndarray:
-    """(4, B): left, top, width and height, as fractions, of rectangles inside an image of width / height `aspect`.
+    """Places rectangles inside images of width / height `aspect`.
 
-    uniforms: (4, B), from 0 to 1. The area is uniform in `scale`, as a fraction; the logarithm of width / height is
-    uniform in the part of `ratio` that fits into the image, which spares the usual drawing again; if nothing fits, the
-    nearest ratio that does is taken.
+    The area is uniform in `scale`, as a fraction. The logarithm of width / height is uniform in the part of `ratio`
+    that fits into the image, so that no rectangle has to be drawn twice; if nothing fits, the nearest ratio that fits
+    is taken.
+
+    Args:
+        uniforms: (4, B), from 0 to 1.
+
+    Returns:
+        (4, B): left, top, width and height as fractions.
     """
     area, shape, x, y = uniforms
     area = scale[0] + (scale[1] - scale[0]) * area
@@ -233,8 +243,15 @@ def rectangles(uniforms, scale: tuple[float, float], ratio: tuple[float, float],
 
 
 def operation_parameters(operations: np.ndarray, magnitude: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The nine `parameters` that `operate` takes, (9, *operations.shape), for indices into OPERATIONS and magnitudes
-    from -1 to 1, whose signs are the directions of a change that has two."""
+    """Computes the nine `parameters` that `operate` takes.
+
+    Args:
+        operations: indices into OPERATIONS.
+        magnitude: from -1 to 1. The sign is the direction of a change that has two directions.
+
+    Returns:
+        (9, *operations.shape).
+    """
 
     def when(*names):
         return np.isin(operations, [OPERATIONS.index(name) for name in names])
@@ -259,11 +276,14 @@ def operation_parameters(operations: np.ndarray, magnitude: np.ndarray, height: 
 
 
 def operate(images: Tensor, operations: Tensor, parameters: Tensor) -> Tensor:
-    """One operation of RandAugment on each image, (B, C, H, W) from 0 to 255.
+    """Applies one operation of RandAugment to each image, (B, C, H, W) from 0 to 255.
 
-    operations: (B,), indices into OPERATIONS. parameters: (B, 9): the factor of a blend, the threshold of solarize, the
-    step of posterize, and the affine map from a pixel's place to where it comes from, row by row. Those of the other
-    operations leave an image as it is, so all images take the same way.
+    All images go through all operations; the parameters of an operation that is not chosen leave an image unchanged.
+
+    Args:
+        operations: (B,), indices into OPERATIONS.
+        parameters: (B, 9): the factor of a blend, the threshold of solarize, the step of posterize, and the affine map
+            from the coordinates of a pixel to those of its source, row by row.
     """
     chosen = operations[:, None, None, None]
     factor, threshold, step, *matrix = parameters[..., None, None, None].unbind(1)
@@ -278,8 +298,8 @@ def operate(images: Tensor, operations: Tensor, parameters: Tensor) -> Tensor:
     return warp(images, matrix)
 
 
-def place(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, largest: int) -> Tensor:
-    """Images shifted by whole pixels, at most `largest`, with black (0) coming in, and mirrored after that."""
+def shift_and_mirror(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, largest: int) -> Tensor:
+    """Shifts images by whole pixels, at most `largest`, fills up with black (0), and then mirrors some of them."""
     batch, channels, height, width = pixels.shape
     columns = torch.arange(width, device=pixels.device)
     columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns)

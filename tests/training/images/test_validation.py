@@ -17,7 +17,7 @@ from training.images import decoding
 from training.images.augment import Augmentation
 from training.images.rows import ArrayRows
 from training.images.validation import ClassValidation
-from training.models import create_detection_processor, create_image_processor
+from training.processors import create_detection_processor, create_image_processor
 
 TURNED = Image.Exif()
 TURNED[decoding.ORIENTATION] = 6
