@@ -107,7 +107,8 @@ class ZooConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         # transformers would set the overrides only after the other fields have been derived and checked.
         ours = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {name: kwargs.pop(name) for name in ours | set(cls.attribute_map) if name in kwargs}
+        ours |= {*cls.attribute_map, "id2label", "label2id"}  # `class_weights` has to fit the labels
+        overrides = {name: kwargs.pop(name) for name in ours if name in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
