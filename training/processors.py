@@ -1,8 +1,9 @@
 """Image processors: reads the settings of a checkpoint's processor, and creates the processor of a trained model."""
 
-from transformers import BaseImageProcessor, DetrImageProcessorPil, ImageProcessingMixin, ViTImageProcessorPil
+from transformers import ImageProcessingMixin
 from transformers.image_utils import PILImageResampling
 
+from hf_models import ZooDetrImageProcessor, ZooViTImageProcessor
 from training.models import is_checkpoint
 
 
@@ -40,36 +41,36 @@ def edges_of(name: str) -> tuple[int | None, int | None] | None:
     return (size["shortest_edge"], size.get("longest_edge")) if size and "shortest_edge" in size else None
 
 
-def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> BaseImageProcessor:
-    """What a pipeline prepares images with as the evaluation does: the shorter side resized to fit, the middle cut
-    out, every channel normalised. Where `size` is no square, no stock processor can cut: images of another shape are
-    stretched, so give a pipeline such as have it."""
-    height, width = size
-    frame = {"height": height, "width": width}
-    is_square, is_grey = height == width, len(mean) == 1
-    return ViTImageProcessorPil(  # saved under the name that serves torchvision too
-        do_convert_rgb=len(mean) == 3,
-        size={"shortest_edge": height} if is_square else frame,
-        do_center_crop=is_square,
-        crop_size=frame,
+def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> ZooViTImageProcessor:
+    """Creates the processor with which a pipeline prepares images as the evaluation does.
+
+    The largest part in the middle that has the shape of `size`, height and width, is cut out and resized, and every
+    channel is normalised.
+    """
+    return ZooViTImageProcessor(
+        size={"height": size[0], "width": size[1]},
         resample=PILImageResampling.BICUBIC,
-        image_mean=mean[0] if is_grey else mean,  # a number: a pipeline makes a grey image three equal channels first
-        image_std=std[0] if is_grey else std,
+        image_mean=mean,
+        image_std=std,
     )
 
 
 def create_detection_processor(
     shortest_edge: int | None, longest_edge: int | None, mean: list[float], std: list[float]
-) -> DetrImageProcessorPil:
-    """What a pipeline prepares images with as the evaluation of a DETR does, and what makes boxes of its answers: the
-    shorter side is resized to `shortest_edge` pixels, or to fewer where the longer one would else have more than
-    `longest_edge`; every channel is normalised. None: as it is, or without such a limit."""
-    is_grey = len(mean) == 1
-    return DetrImageProcessorPil(
-        do_convert_rgb=len(mean) == 3,
+) -> ZooDetrImageProcessor:
+    """Creates the processor with which a pipeline prepares images for a DETR, and reads its answers, as the evaluation.
+
+    The shorter side is resized to `shortest_edge` pixels, or to fewer if the longer side would have more than
+    `longest_edge`, and every channel is normalised.
+
+    Args:
+        shortest_edge: None: images keep their size.
+        longest_edge: None: no limit.
+    """
+    return ZooDetrImageProcessor(
         do_resize=shortest_edge is not None,
         size={"shortest_edge": shortest_edge or 800, "longest_edge": longest_edge or 10**6},
         resample=PILImageResampling.BICUBIC,
-        image_mean=mean[0] if is_grey else mean,  # a number, as in `create_image_processor`
-        image_std=std[0] if is_grey else std,
+        image_mean=mean,
+        image_std=std,
     )

@@ -17,10 +17,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 import hf_models
 from tests.training.cards import code_of
 from training import train_vit
-from training.images.augment import Augmentation
 from training.images.read import read_images
 from training.models import create_image_model
-from training.processors import create_image_processor, normalisation_of
+from training.processors import normalisation_of
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
 TINY_DECODER = ",decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"
@@ -57,11 +56,6 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits():
     return read_images("embedded")
-
-
-def make_augmentation(**options) -> Augmentation:
-    options = {"seed": 1, "global_batch_size": 8, "image_size": 8, "mean": [0.3], "std": [0.4], **options}
-    return Augmentation(**options)
 
 
 # ---- what a run leaves ----
@@ -125,22 +119,6 @@ def test_stock_checkpoints_are_gone_on_from(tmp_path, kind):
     )
     assert model(torch.zeros(1, 1, 16, 16)).logits.shape == (1, 2)
     assert normalisation_of(str(tmp_path), 1) is None
-
-
-@pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("size", [(12, 12), (8, 12)])
-def test_the_image_processor_prepares_an_image_as_the_evaluation_does(size, num_channels, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, size=(*size, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert("L" if num_channels == 1 else "RGB")
-    mean, std = [0.1, 0.2, 0.3][:num_channels], [0.2, 0.3, 0.4][:num_channels]
-    processor = create_image_processor(size, mean, std)
-    expected = torch.from_numpy(np.array(image)).view(*size, -1).permute(2, 0, 1)[None]
-    expected = make_augmentation(image_size=size, mean=mean, std=std).normalize(expected)
-    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values, expected)
-    assert processor(image.resize((40, 30)), return_tensors="pt").pixel_values.shape == (1, num_channels, *size)
-    if num_channels == 1:  # as a pipeline opens it
-        colours = processor(image.convert("RGB"), return_tensors="pt").pixel_values
-        torch.testing.assert_close(colours, expected.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["mae", "classify"])

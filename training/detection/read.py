@@ -212,7 +212,9 @@ def read_detection(
     names, ids, category_ids = _number_classes(train, validation, label_names, data)
     channels, _ = look_at(train, num_channels, data)
     options = {"num_channels": channels, "decoder": Decoder(num_workers), "limit": BadImageLimit(max_bad_images)}
-    rows = [DetectionRows(part, ids, category_ids, notes, **options) for part in (train, validation)]
+    rows = [
+        DetectionRows(part, ids, category_ids, notes, quick=part is train, **options) for part in (train, validation)
+    ]
     if not rows[0].count_boxes():
         raise ValueError(f"{data} has no box to train on")
     hashed = [digest_of(part) for part in (digests, held_out_digests)]

@@ -42,6 +42,7 @@ def decode(
     size: tuple[int, int],
     num_channels: int,
     annotated: tuple[int, int] | None = None,
+    quick: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Decodes one image.
 
@@ -52,6 +53,8 @@ def decode(
         num_channels: 1 for grey, 3 for RGB. Transparency is dropped, and 16 bits are cut to 8.
         annotated: height and width of the image that boxes were drawn on. An image that has this size only before it
             is turned upright is not turned; an image that has it neither before nor after is bad.
+        quick: decodes a JPEG of at least four times the size at a fraction of its own, which changes its pixels a
+            little: good enough to train on. Without it the pixels are those that a pipeline sees.
 
     Returns:
         (C, h, w), uint8, and the names of the conversions.
@@ -68,17 +71,22 @@ def decode(
         elif image.mode != ("L" if num_channels == 1 else "RGB"):
             conversions.append(KINDS.get(image.mode, {"L": "grey", "RGB": "colour"}.get(image.mode, image.mode)))
         orientation = _annotated_orientation(image, annotated)
-        if image.format in ("JPEG", "MPO"):
+        if quick and image.format in ("JPEG", "MPO"):
             _shrink(image, orientation, box, size)
         image.load()
         turn = UPRIGHT.get(orientation)
-        image = _convert(image, num_channels)
-    if turn is not None:
-        conversions.append("EXIF-rotated")
-        image = image.transpose(turn)
+        if turn is not None:
+            conversions.append("EXIF-rotated")
+            image = image.transpose(turn)
+        return view(image, box, size, num_channels), conversions
+
+
+def view(image: Image.Image, box: Box | None, size: tuple[int, int], num_channels: int) -> np.ndarray:
+    """Cuts out and resizes a part of an upright image to (C, h, w), uint8; see `decode`."""
+    image = _convert(image, num_channels)
     image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, _pixel_box(image.size, box, size))
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), conversions
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def aspect(file: str | bytes) -> float:
@@ -111,6 +119,7 @@ def decode_all(
     num_channels: int,
     pixels: Sequence[np.ndarray],
     annotated: Sequence[tuple[int, int]] | None = None,
+    quick: bool = False,
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
     """Decodes a batch into `pixels`, B arrays (C, h, w).
 
@@ -124,7 +133,7 @@ def decode_all(
                 raise ValueError("no content")
             box = None if boxes is None else boxes[position]
             size = None if annotated is None else tuple(annotated[position])
-            pixels[position][:], converted = decode(file, box, pixels[position].shape[1:], num_channels, size)
+            pixels[position][:], converted = decode(file, box, pixels[position].shape[1:], num_channels, size, quick)
             if converted:
                 conversions[position] = converted
         except Exception as error:  # Pillow's readers raise nearly everything
@@ -224,7 +233,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             num_channels = request["num_channels"]
             pixels = [np.zeros((num_channels, *size), np.uint8) for size in request["sizes"]]
             try:
-                failures, conversions = decode_all(files, request["boxes"], num_channels, pixels, request["annotated"])
+                failures, conversions = decode_all(
+                    files, request["boxes"], num_channels, pixels, request["annotated"], request["quick"]
+                )
             except OSError as error:
                 write_message(answers, {"error": [error.errno, error.strerror, error.filename]})
             else:

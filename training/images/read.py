@@ -137,17 +137,17 @@ def read_images(
         labels = [_number_labels(part, ids, data) for part in (train, validation)]
     channels, image_size = look_at(train, num_channels, data)
 
-    def rows(part: ImageSet, labels: np.ndarray | None) -> ImageRows:
+    def rows(part: ImageSet, labels: np.ndarray | None, quick: bool) -> ImageRows:
         if isinstance(part.images, ArrayImages):
             return ArrayRows(part.images.pixels, labels, num_channels=channels)
-        return EncodedRows(part.images, labels, num_channels=channels, **options)
+        return EncodedRows(part.images, labels, num_channels=channels, quick=quick, **options)
 
     hashed = [digest_of(part) for part in (digests, held_out_digests)]
     numbers = [None if part is None else part.tolist() for part in labels]
     fingerprint = fingerprint_of("images", names, hashed, numbers)
     if data == "embedded":
         source = "scikit-learn's 1,797 handwritten digits"
-    parts = map(rows, (train, validation), labels)
+    parts = map(rows, (train, validation), labels, (True, False))
     return ImageData(*parts, names, channels, image_size, fingerprint, source, train.license, notes)
 
 

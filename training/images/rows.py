@@ -21,11 +21,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.data.prefetch import Prefetcher
 from training.images import decoding
+from training.images.augment import grey
 from training.run.seeds import generator
 
 
@@ -131,8 +133,8 @@ def _key(indices: np.ndarray, boxes: np.ndarray | None, size: tuple[int, int]) -
 class ArrayRows(ImageRows):
     """Images of one size in memory, (N, C, H, W) uint8 with 1, 3 or 4 channels; the fourth channel is left out.
 
-    They are cut and resized by two matrix products, one for each side, which is as exact as Pillow and much quicker for
-    small images.
+    Boxes are cut out and resized by two matrix products, one for each side, which is as exact as Pillow and much
+    quicker for small images. Whole images are resized with Pillow itself, so that a pipeline sees the same pixels.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, *, num_channels: int):
@@ -146,23 +148,21 @@ class ArrayRows(ImageRows):
         return np.full(len(indices), self.pixels.shape[3] / self.pixels.shape[2])
 
     def _load(self, indices, boxes, size):
-        pixels = self.pixels[torch.from_numpy(indices)]
-        if self.num_channels == 1 and pixels.shape[1] > 1:
-            luma = (pixels[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-            pixels = luma.round().to(torch.uint8)
-        pixels = resize(pixels[:, :3], boxes, size)
+        pixels = self.pixels[torch.from_numpy(indices)][:, :3]
+        if self.num_channels == 1:
+            pixels = grey(pixels.int()).to(torch.uint8)
+        if boxes is not None:
+            pixels = resize(pixels, boxes, size)
+        elif pixels.shape[2:] != size:
+            images = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in pixels]
+            views = [decoding.view(image, None, size, pixels.shape[1]) for image in images]
+            pixels = torch.from_numpy(np.stack(views))
         return pixels.expand(-1, self.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-def resize(pixels: Tensor, boxes: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+def resize(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Cuts and resizes (B, C, H, W) uint8 to (B, C, h, w), bicubic with antialiasing; see `ImageRows.images`."""
     height, width = pixels.shape[2:]
-    if boxes is None:
-        if (height, width) == size:
-            return pixels
-        scale = max(size[0] / height, size[1] / width)
-        across, down = size[1] / scale / width, size[0] / scale / height
-        boxes = np.array([[(1 - across) / 2, (1 - down) / 2, across, down]])
     left, top, across, down = torch.from_numpy(boxes).float().T
     rows = _resize_matrix(top * height, down * height, height, size[0])[:, None]  # (B, 1, h, H)
     columns = _resize_matrix(left * width, across * width, width, size[1])[:, None]  # (B, 1, w, W)
@@ -227,6 +227,9 @@ class EncodedRows(ImageRows):
 
     A bad image is replaced by the next sound one with the same label. When there are more bad images than the limit
     allows, `images` raises BadImages.
+
+    Args:
+        quick: for images to train on, see `decoding.decode`.
     """
 
     def __init__(
@@ -237,9 +240,11 @@ class EncodedRows(ImageRows):
         num_channels: int,
         decoder: "Decoder",
         limit: BadImageLimit,
+        quick: bool = False,
     ):
         super().__init__(labels)
         self.source, self.num_channels, self.decoder, self.limit = source, num_channels, decoder, limit
+        self.quick = quick
         self.bad = limit.watch(source)
         self.converted: dict[str, set[int]] = {}  # numbers, by kind
         self._aspects = np.zeros(0, np.float32)  # 0 where not known yet
@@ -282,7 +287,7 @@ class EncodedRows(ImageRows):
 
         Args:
             view: called with positions in the batch and the numbers of the images there; returns the arguments of
-                `Decoder.decode` that follow the files: boxes, sizes, and more if need be.
+                `Decoder.decode` for each: boxes, sizes, and if need be the annotated sizes.
 
         Returns:
             The images, and the numbers of the images that they are.
@@ -292,7 +297,9 @@ class EncodedRows(ImageRows):
         while len(positions):
             files = self.source.encoded(chosen[positions])
             boxes, sizes, *more = view(positions, chosen[positions])
-            decoded, failures, conversions = self.decoder.decode(files, boxes, sizes, self.num_channels, *more)
+            decoded, failures, conversions = self.decoder.decode(
+                files, boxes, sizes, self.num_channels, *more, quick=self.quick
+            )
             if len(positions) == len(indices):
                 pixels = decoded
             else:
@@ -358,12 +365,14 @@ class Decoder:
         sizes: tuple[int, int] | np.ndarray,
         num_channels: int,
         annotated: np.ndarray | None = None,
+        quick: bool = False,
     ) -> tuple[Tensor | list[Tensor], dict[int, str], dict[int, list[str]]]:
         """Decodes a batch.
 
         Args:
             sizes: height and width of all images, or (B, 2) for the height and width of each.
             annotated: (B, 2), see `decoding.decode`.
+            quick: see `decoding.decode`.
 
         Returns:
             (B, C, h, w), or for sizes of each image B tensors (C, h, w); by position in the batch, why an image is bad;
@@ -377,14 +386,14 @@ class Decoder:
             arrays = [image.numpy() for image in pixels]
         boxes, annotated = (None if values is None else values.tolist() for values in (boxes, annotated))
         if not self.num_workers:
-            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated)
+            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated, quick)
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_workers)
         length = max(1, min(32, -(-len(files) // (2 * self.num_workers))))
         parts = [slice(first, first + length) for first in range(0, len(files), length)]
         tasks = [
             self._threads.submit(
-                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part]
+                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part], quick
             )
             for part in parts
         ]
@@ -394,12 +403,12 @@ class Decoder:
                 found.update({part.start + int(position): what for position, what in answered.items()})
         return pixels, failures, conversions
 
-    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
+    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
         for is_last in (False, True):  # a process may have run out of memory or been killed: try a second one
             if not hasattr(self._own, "process"):
                 self._own.process = _DecodingProcess()
             try:
-                return self._own.process.decode(files, boxes, pixels, annotated)
+                return self._own.process.decode(files, boxes, pixels, annotated, quick)
             except (EOFError, BrokenPipeError):
                 code = self._own.process.end()
                 del self._own.process
@@ -419,7 +428,7 @@ class _DecodingProcess:
         )
         self.end = weakref.finalize(self, _end, self.process)
 
-    def decode(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
+    def decode(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
         contents = [file for file in files if isinstance(file, bytes)]
         request = {
             "files": [file if isinstance(file, str) else len(file) for file in files],
@@ -427,6 +436,7 @@ class _DecodingProcess:
             "num_channels": len(pixels[0]),
             "sizes": [image.shape[1:] for image in pixels],
             "annotated": annotated,
+            "quick": quick,
         }
         decoding.write_message(self.process.stdin, request, *contents)
         answer = decoding.read_message(self.process.stdout)

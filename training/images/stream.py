@@ -82,7 +82,8 @@ def stream_images(
     )
     options = {"num_channels": num_channels, "decoder": decoder, "limit": limit}
     held_out = EncodedRows(held_out.images, None if labels is None else np.array(labels), **options)
-    return StreamedRows(shards, None, **options), held_out, class_names, train.info.license or None, fingerprint
+    streamed = StreamedRows(shards, None, quick=True, **options)
+    return streamed, held_out, class_names, train.info.license or None, fingerprint
 
 
 class Shards(ShardFolder):

@@ -215,7 +215,7 @@ def test_a_crop_never_leaves_all_boxes_out_and_keeps_only_what_is_to_be_seen(row
         left, top, width, height = plan.box
         assert left >= 0 and top >= 0 and left + width <= 1 + 1e-9 and top + height <= 1 + 1e-9
         assert width * height >= 0.1 - 1e-9 and 3 / 4 - 1e-9 <= width / height <= 4 / 3 + 1e-9
-        assert len(plan.corners) or not len(rows.boxes(index))
+        assert bool(len(plan.corners)) == bool(len(rows.boxes(index)))
         assert (plan.corners >= 0).all() and (plan.corners <= 1).all()
         extent = (plan.corners[:, 2:] - plan.corners[:, :2]) * [width, height]
         areas = (rows.boxes(index)[:, 2:] - rows.boxes(index)[:, :2]).prod(1)

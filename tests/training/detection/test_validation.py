@@ -185,7 +185,7 @@ def test_a_pipeline_finds_what_the_evaluation_finds(make_detr, tmp_path, num_cha
     for place, image in enumerate(validation.images(range(len(rows)))):
         height, width = rows.sizes[place]
         answers = detect(image, threshold=0)
-        np.testing.assert_allclose([answer["score"] for answer in answers], found[place]["scores"], atol=1e-4)
+        np.testing.assert_allclose([answer["score"] for answer in answers], found[place]["scores"], atol=1e-5)
         assert [answer["label"] for answer in answers] == [NAMES[label] for label in found[place]["labels"]]
         boxes = [[answer["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for answer in answers]
         expected = found[place]["boxes"] * [width, height, width, height]
