@@ -19,6 +19,7 @@ SHARED = {"figures", "metrics", "models", "processors"}  # single files that the
 MAY_IMPORT = {
     "run": set(),
     **dict.fromkeys(SHARED, {"run"}),
+    "processors": {"models", "run"},
     "data": {"run"},
     "text": {"data", "run", *SHARED},
     "images": {"data", "run", *SHARED},
