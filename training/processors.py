@@ -42,10 +42,10 @@ def edges_of(name: str) -> tuple[int | None, int | None] | None:
 
 
 def create_image_processor(size: tuple[int, int], mean: list[float], std: list[float]) -> ZooViTImageProcessor:
-    """Creates the processor with which a pipeline prepares images as the evaluation does.
+    """Makes the processor that prepares images as the evaluation of a ViT does.
 
-    The largest part in the middle that has the shape of `size`, height and width, is cut out and resized, and every
-    channel is normalised.
+    It cuts out the largest part in the middle that has the shape of `size` (height, width), resizes it, and normalises
+    every channel.
     """
     return ZooViTImageProcessor(
         size={"height": size[0], "width": size[1]},
@@ -58,14 +58,10 @@ def create_image_processor(size: tuple[int, int], mean: list[float], std: list[f
 def create_detection_processor(
     shortest_edge: int | None, longest_edge: int | None, mean: list[float], std: list[float]
 ) -> ZooDetrImageProcessor:
-    """Creates the processor with which a pipeline prepares images for a DETR, and reads its answers, as the evaluation.
+    """Makes the processor that prepares images as the evaluation of a DETR does, and makes boxes of its answers.
 
-    The shorter side is resized to `shortest_edge` pixels, or to fewer if the longer side would have more than
-    `longest_edge`, and every channel is normalised.
-
-    Args:
-        shortest_edge: None: images keep their size.
-        longest_edge: None: no limit.
+    It resizes the shorter side to `shortest_edge` pixels, or to fewer where the longer side would exceed
+    `longest_edge`, and normalises every channel. None for the first keeps the size, None for the second sets no limit.
     """
     return ZooDetrImageProcessor(
         do_resize=shortest_edge is not None,

@@ -53,8 +53,8 @@ def decode(
         num_channels: 1 for grey, 3 for RGB. Transparency is dropped, and 16 bits are cut to 8.
         annotated: height and width of the image that boxes were drawn on. An image that has this size only before it
             is turned upright is not turned; an image that has it neither before nor after is bad.
-        quick: decodes a JPEG of at least four times the size at a fraction of its own, which changes its pixels a
-            little: good enough to train on. Without it the pixels are those that a pipeline sees.
+        quick: whether a JPEG of at least four times the size is decoded at a fraction of its own, which changes its
+            pixels a little and is good enough to train on. Otherwise the pixels are those that a pipeline sees.
 
     Returns:
         (C, h, w), uint8, and the names of the conversions.

@@ -134,7 +134,7 @@ class ArrayRows(ImageRows):
     """Images of one size in memory, (N, C, H, W) uint8 with 1, 3 or 4 channels; the fourth channel is left out.
 
     Boxes are cut out and resized by two matrix products, one for each side, which is as exact as Pillow and much
-    quicker for small images. Whole images are resized with Pillow itself, so that a pipeline sees the same pixels.
+    quicker for small images. Pillow itself resizes whole images, so that a pipeline sees the same pixels.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, *, num_channels: int):
@@ -226,10 +226,7 @@ class EncodedRows(ImageRows):
     """Images that have to be decoded.
 
     A bad image is replaced by the next sound one with the same label. When there are more bad images than the limit
-    allows, `images` raises BadImages.
-
-    Args:
-        quick: for images to train on, see `decoding.decode`.
+    allows, `images` raises BadImages. `quick` is for images to train on; see `decoding.decode`.
     """
 
     def __init__(
@@ -372,7 +369,7 @@ class Decoder:
         Args:
             sizes: height and width of all images, or (B, 2) for the height and width of each.
             annotated: (B, 2), see `decoding.decode`.
-            quick: see `decoding.decode`.
+            quick: one for all, see `decoding.decode`.
 
         Returns:
             (B, C, h, w), or for sizes of each image B tensors (C, h, w); by position in the batch, why an image is bad;
