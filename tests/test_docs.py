@@ -102,6 +102,14 @@ def test_the_architecture_lists_every_module_of_the_package():
     assert listed == {path.name for path in (ROOT / "hf_models").glob("*.py") if not path.name.startswith("__")}
 
 
+def test_the_architecture_lists_every_file_of_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "training").rglob("[a-z]*.py"):
+        room = path.parent.name
+        line = page if room == "training" else re.search(rf"^\| \[`{room}/`\].*$", page, flags=re.MULTILINE)[0]
+        assert f"`{path.name}`" in line, path
+
+
 def test_every_document_names_the_same_version():
     heading = re.search(r"^## ([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Image processors: what a checkpoint's processor says, and the processor that a trained model is saved with."""
+"""Image processors: reads the settings of a checkpoint's processor, and creates the processor of a trained model."""
 
 from transformers import ImageProcessingMixin
 from transformers.image_utils import PILImageResampling
@@ -8,7 +8,7 @@ from training.models import is_checkpoint
 
 
 def read_image_processor(name: str) -> dict:
-    """What the checkpoint's image processor was saved with; nothing if there is none."""
+    """Reads the settings of a checkpoint's image processor; empty if it has none."""
     if not is_checkpoint(name):
         return {}
     try:
@@ -18,7 +18,7 @@ def read_image_processor(name: str) -> dict:
 
 
 def normalisation_of(name: str, num_channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of each channel that the checkpoint's image processor has; None if it has none."""
+    """Reads mean and standard deviation of each channel from a checkpoint's image processor; None if it has none."""
     if not (processor := read_image_processor(name)):
         return None
     values = (processor.get(field, 0.5) for field in ("image_mean", "image_std"))  # 0.5: the default of a stock ViT
@@ -26,8 +26,12 @@ def normalisation_of(name: str, num_channels: int) -> tuple[list[float], list[fl
 
 
 def edges_of(name: str) -> tuple[int | None, int | None] | None:
-    """The pixels that the image processor of a detector's checkpoint gives the shorter side, and the most of the longer
-    one; both None where images keep their size. None if there is no processor, or it makes all images one size."""
+    """Reads how the image processor of a detector's checkpoint resizes images.
+
+    Returns:
+        The pixels of the shorter side, and the most pixels of the longer side; both None if images keep their size.
+        None if there is no processor, or if it makes all images one size.
+    """
     processor = read_image_processor(name)
     if not processor.get("do_resize", True):
         return None, None

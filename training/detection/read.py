@@ -31,7 +31,7 @@ from training.detection.formats import (
 )
 from training.images import decoding
 from training.images.formats import StoredImages, label_ids, unknown_label
-from training.images.read import choose_validation, look_at, overlap
+from training.images.read import check_ranges, choose_validation, look_at, overlap
 from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 WINDOW = 16  # global batches that are sorted by aspect together
@@ -160,32 +160,32 @@ def read_detection(
     num_workers: int = 2,
     seed: int = 0,
 ) -> DetectionData:
-    """The images and boxes that `data` names.
+    """Reads the images and boxes that `data` names.
 
-    data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such and of the
-        images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml; a folder that `datasets` has
-        saved, or parquet files, or a Hub data set, "name" or "name:config".
-    validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
-    validation_split: "val" or "test", to validate on; by default "val" where there is one, or else "test".
-    validation_fraction: held out where the data has neither: the images with the smallest sha256, by `seed`.
-    image_column, objects_column, box_format: of a data set with a column of objects; see `read_objects`.
-    label_names: the classes in the order of their ids; by default in the order of the data's own ids, or sorted.
-    num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
-    max_bad_images: the part of the images that may be missing or unreadable; those are replaced.
-    num_workers: processes that decode, 0: none.
-    Raises ValueError for what is missing, broken or ambiguous, naming it.
+    Boxes are cut at the borders of their image; boxes without area or outside of it are left out and noted. Crowds are
+    used in the evaluation only. An image is turned as its EXIF data says, unless its annotated size is the unturned
+    one.
 
-    Boxes are cut at the borders of their image; those of zero area or outside of it are left out and noted. Crowds are
-    for the evaluation only. An image is turned as its EXIF data says, unless the data gives the size it has unturned.
+    Args:
+        data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such files
+            and of the images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml file; a folder
+            that `datasets` has saved; parquet files; or a Hub data set, "name" or "name:config".
+        validation_data: other data of these kinds to validate on: its validation part, or else its training part.
+        validation_split: the part to validate on, "val" or "test"; None: "val" if there is one, or else "test".
+        validation_fraction: the part to hold out where the data has neither; see `choose_validation`.
+        image_column, objects_column, box_format: of a data set with a column of objects; see `read_objects`.
+        label_names: the classes in the order of their ids; None: in the order of the data's own ids, or sorted.
+        num_channels: 1 makes all images grey, 3 colour; None: grey if all images are.
+        max_bad_images: the part of the images that may be missing or unreadable and is then replaced.
+        num_workers: processes that decode; 0: this process does.
+        seed: chooses the images to hold out.
+
+    Raises:
+        ValueError: something is missing, broken or ambiguous; the message names it.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
-    if not 0 <= max_bad_images <= 1:
-        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    check_ranges(validation_fraction, max_bad_images, num_channels)
     if validation_split not in (None, "val", "test"):
         raise ValueError(f"validation_split must be 'val' or 'test', not {validation_split!r}")
-    if num_channels not in (None, 1, 3):
-        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
     if box_format not in BOX_FORMATS:
         raise ValueError(f"box_format must be {' or '.join(BOX_FORMATS)}, not {box_format!r}")
     columns, notes = (image_column, objects_column, box_format), []

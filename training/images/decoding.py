@@ -82,7 +82,7 @@ def decode(
 
 
 def view(image: Image.Image, box: Box | None, size: tuple[int, int], num_channels: int) -> np.ndarray:
-    """The pixels (C, h, w), uint8, of a part of an upright image; see `decode`."""
+    """Cuts out and resizes a part of an upright image to (C, h, w), uint8; see `decode`."""
     image = _convert(image, num_channels)
     image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, _pixel_box(image.size, box, size))
     pixels = np.asarray(image)

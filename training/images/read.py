@@ -90,12 +90,7 @@ def read_images(
     Raises:
         ValueError: something is missing, broken or ambiguous; the message names it.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
-    if not 0 <= max_bad_images <= 1:
-        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
-    if num_channels not in (None, 1, 3):
-        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
+    check_ranges(validation_fraction, max_bad_images, num_channels)
     if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
         raise ValueError(f"label_names must be several different names, not {','.join(label_names)!r}")
     columns = image_column, label_column if labelled else None
@@ -154,6 +149,16 @@ def read_images(
         source = "scikit-learn's 1,797 handwritten digits"
     parts = map(rows, (train, validation), labels, (True, False))
     return ImageData(*parts, names, channels, image_size, fingerprint, source, train.license, notes)
+
+
+def check_ranges(validation_fraction: float, max_bad_images: float, num_channels: int | None):
+    """Raises ValueError if an option of a reader of images is out of its range."""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
+    if not 0 <= max_bad_images <= 1:
+        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    if num_channels not in (None, 1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
 
 
 # ------------------------------------------------------------------------------------------------ kinds of data

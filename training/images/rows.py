@@ -284,7 +284,7 @@ class EncodedRows(ImageRows):
 
         Args:
             view: called with positions in the batch and the numbers of the images there; returns the arguments of
-                `Decoder.decode` that follow the files: boxes, sizes, and more if need be.
+                `Decoder.decode` for each: boxes, sizes, and if need be the annotated sizes.
 
         Returns:
             The images, and the numbers of the images that they are.
