@@ -235,8 +235,8 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
 def _polynomials(A: torch.Tensor, coefficients, num_iterations: int) -> torch.Tensor:
     """Returns what several iterations multiply X by, from A = X X^T alone.
 
-    An iteration turns X into P X with P = a I + b A + c A^2, and so turns A into P A P. This touches a long X only twice
-    instead of twice in each iteration. In bfloat16, A would be too coarse for it.
+    An iteration turns X into P X with P = a I + b A + c A^2, and so turns A into P A P. A long X is then touched only
+    twice, instead of twice in each iteration. In bfloat16, A would be too coarse for that.
     """
     a, b, c = coefficients
     product = None
