@@ -271,6 +271,13 @@ class TransformerConfig(ZooConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # stock configs have one fixed plan
+        return self.plan_tensor_parallelism()
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan):
+        """Does nothing: before 5.21 transformers sets an entry for tied embeddings, which `TextConfig` has anyway."""
+
+    def plan_tensor_parallelism(self) -> dict[str, str]:
         """How tensor parallelism splits the blocks, with entries only for modules that this config has."""
         plan: dict[str, str] = {}
         for stack, has_cross_attention in self.stacks.items():
@@ -284,11 +291,6 @@ class TransformerConfig(ZooConfig):
             plan[f"{stack}.*.feed_forward.up_proj"] = "colwise"
             plan[f"{stack}.*.feed_forward.down_proj"] = "rowwise"
         return plan
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan):
-        """Does nothing. Before 5.21 transformers sets the plan, with an entry for tied embeddings that `TextConfig` has
-        anyway."""
 
     def derive_fields(self):
         super().derive_fields()
@@ -402,13 +404,8 @@ class TextConfig(TransformerConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        return {"embed_tokens": "embedding_rowwise", **super().base_model_tp_plan}
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan):
-        """Does nothing, as in `TransformerConfig`."""
+    def plan_tensor_parallelism(self) -> dict[str, str]:
+        return {"embed_tokens": "embedding_rowwise", **super().plan_tensor_parallelism()}
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
