@@ -26,6 +26,8 @@ from training.processors import edges_of
 from training.run.arguments import parse_arguments
 from training.train_detr import DetrArguments, choose_edges, choose_normalisation
 
+pytestmark = pytest.mark.xdist_group("train_detr")  # these tests share one run, so one worker runs them all
+
 TINY = "hidden_size=16,num_attention_heads=2,intermediate_size=16,num_encoder_layers=1,num_decoder_layers=1"
 TINY += ",num_queries=6,num_denoising_groups=1"
 OPTIONS = {"model": "detr-mini", "config": TINY, "max_steps": 2, "global_batch_size": 4, "warmup_steps": 1}

@@ -21,6 +21,8 @@ from training.images.read import read_images
 from training.models import create_image_model
 from training.processors import normalisation_of
 
+pytestmark = pytest.mark.xdist_group("train_vit")  # these tests share one run, so one worker runs them all
+
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
 TINY_DECODER = ",decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"
 OPTIONS = {"max_steps": 2, "global_batch_size": 8, "warmup_steps": 1, "mixed_precision": "no", "num_workers": 0}
