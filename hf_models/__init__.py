@@ -60,8 +60,8 @@ __all__ = [
     "load_verified",
 ]
 
-with contextlib.suppress(ImportError):  # there is no Pillow, and a model of text needs none
-    # From its module: the one of the same name in `transformers` 5.17 needs torchvision.
+with contextlib.suppress(ImportError):  # Pillow may be missing, because models of text do not need it
+    # `transformers.AutoImageProcessor` of 5.17 needs torchvision, but the class in this module does not.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .image_processing import ZooDetrImageProcessor, ZooViTImageProcessor
@@ -71,7 +71,7 @@ with contextlib.suppress(ImportError):  # there is no Pillow, and a model of tex
         (ZooViTMAEConfig, ZooViTImageProcessor),
         (ZooDetrConfig, ZooDetrImageProcessor),
     ):
-        # The same one whether torchvision is there or not.
-        processor_classes = {"pil": processor_class, "torchvision": processor_class}
+        # transformers takes the second if torchvision is installed; it shall be the same.
+        processor_classes: dict[str, type] = {"pil": processor_class, "torchvision": processor_class}
         AutoImageProcessor.register(config_class, image_processor_classes=processor_classes, exist_ok=True)
     __all__ += ["ZooDetrImageProcessor", "ZooViTImageProcessor"]

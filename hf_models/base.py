@@ -107,7 +107,8 @@ class ZooConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         # transformers would set the overrides only after the other fields have been derived and checked.
         ours = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {name: kwargs.pop(name) for name in ours | set(cls.attribute_map) if name in kwargs}
+        ours |= {*cls.attribute_map, "id2label", "label2id"}  # `class_weights` has to fit the labels
+        overrides = {name: kwargs.pop(name) for name in ours if name in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
@@ -269,7 +270,7 @@ class TransformerConfig(ZooConfig):
         """Path of each stack of blocks in the base model, and whether the stack has cross-attention."""
         return {"layers": False}
 
-    def tensor_parallel_plan(self) -> dict[str, str]:
+    def plan_tensor_parallelism(self) -> dict[str, str]:
         """How tensor parallelism splits the blocks, with entries only for modules that this config has."""
         plan: dict[str, str] = {}
         for stack, has_cross_attention in self.stacks.items():
@@ -302,7 +303,7 @@ class TransformerConfig(ZooConfig):
         if self.qkv_bias is None:
             self.qkv_bias = self.use_bias
         # transformers reads the plan here, and does not save it.
-        self.base_model_tp_plan = self.tensor_parallel_plan()  # type: ignore[misc]
+        self.base_model_tp_plan = self.plan_tensor_parallelism()  # type: ignore[misc]
 
     def validate_layers(self):
         """Checks that the fields fit together; transformers calls it on construction and on saving."""
@@ -398,8 +399,8 @@ class TextConfig(TransformerConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def tensor_parallel_plan(self) -> dict[str, str]:
-        return {"embed_tokens": "embedding_rowwise", **super().tensor_parallel_plan()}
+    def plan_tensor_parallelism(self) -> dict[str, str]:
+        return {"embed_tokens": "embedding_rowwise", **super().plan_tensor_parallelism()}
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

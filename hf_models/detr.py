@@ -166,6 +166,12 @@ class ZooDetrConfig(TransformerConfig):
     def stacks(self) -> dict[str, bool]:
         return {"encoder.layers": False, "decoder.layers": True}
 
+    def plan_tensor_parallelism(self) -> dict[str, str]:
+        plan = super().plan_tensor_parallelism()
+        if self.spatial_prior:  # its term has all heads, so each process keeps all heads of cross-attention
+            plan = {path: style for path, style in plan.items() if "cross_attention" not in path}
+        return plan
+
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)

@@ -208,12 +208,11 @@ class ZooGPTModel(ZooGPTPreTrainedModel):
         cache = self.choose_cache(cache, past_key_values)
         self.check_keywords(kwargs)
         self.check_inputs(input_ids, inputs_embeds, position_ids)
-        num_rows = (inputs_embeds if input_ids is None else input_ids).shape[0]
-        self.check_source(encoder_hidden_states, encoder_attention_mask, num_rows)
         self.check_output_attentions(kwargs.pop("output_attentions", self.config.output_attentions))
         kwargs.pop("output_hidden_states", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
+        self.check_source(encoder_hidden_states, encoder_attention_mask, inputs_embeds.shape[0])
         # Before transformers 5.24 the paged cache of continuous batching belongs to the attention backend alone.
         name = CACHE_NAME if isinstance(cache, Cache) else "cache"
         # This comes before positions and cache get default values: only those of the caller may change the mask.

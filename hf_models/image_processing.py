@@ -1,11 +1,13 @@
-"""The image processors of ViT, masked autoencoders and DETR. They see the pixels that a training's evaluation sees.
+"""The image processors of ViT, masked autoencoders and DETR, which resize images as the evaluation of a training does.
 
-transformers takes other processors where torchvision is installed, and those resize to slightly other pixels. These
-resize with Pillow everywhere. This file travels with a checkpoint, so that a pipeline finds on every machine what the
-evaluation found.
+transformers chooses other processors if torchvision is installed, and these resize to slightly different pixels. The
+processors of this file always resize with Pillow. Every checkpoint carries this file, so that a pipeline gives the
+evaluation's answers on every machine.
 
-Dimensions: C channels, 1 (grey) or 3 (colour); H and W of an image.
+    C  channels, 1 (grey) or 3 (colour)    H, W  height and width of an image
 """
+
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,24 +17,25 @@ from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_d
 
 
 class PixelReader:
-    """Reads images as a training does: upright, grey or colour as the model is, without transparency."""
+    """Reads images as a training does: upright, without transparency, and grey or in colour as the model needs."""
 
+    image_mean: Any
     _auto_class = "AutoImageProcessor"  # so `save_pretrained` copies this file and names the class in the config
 
     @property
     def num_channels(self) -> int:
-        """One for each mean in `image_mean`."""
+        """The number of channels of the model, which is the number of means in `image_mean`."""
         return np.size(self.image_mean)
 
     def process_image(self, image, input_data_format=None, **kwargs) -> np.ndarray:
-        """The pixels of an image, (C, H, W), uint8.
+        """Returns the pixels of an image, (C, H, W), uint8.
 
         Args:
-            image: a PIL image, or an array or tensor of uint8 with 1, 3 or 4 channels. 16 bits are cut to 8.
-            input_data_format: where the channels of an array are; by default they are found.
+            image: a PIL image, whose 16 bits are cut to 8, or an array or tensor of uint8 with 1, 3 or 4 channels.
+            input_data_format: position of the channels of an array. Default: found from the shape.
 
         Raises:
-            ValueError: pixels that are not whole numbers from 0 to 255.
+            ValueError: the pixels are not integers from 0 to 255.
         """
         if not isinstance(image, Image.Image):
             pixels = np.asarray(image)
@@ -52,17 +55,19 @@ class PixelReader:
         return to_pixels(image.convert("L" if self.num_channels == 1 else "RGB"))
 
 
-class ZooViTImageProcessor(PixelReader, ViTImageProcessorPil):
-    """Cuts the largest part of the shape of `size` out of the middle of an image, resizes it and normalises it.
+class ZooViTImageProcessor(PixelReader, ViTImageProcessorPil):  # type: ignore[misc]  # it overrides stock's methods
+    """Crops an image to the aspect ratio of `size` around its centre, resizes it and normalises it.
 
     Args:
         size: `height` and `width`, in pixels.
-        resample: Pillow's number of the filter; a training resizes bicubic.
-        image_mean, image_std: of each channel, as fractions of 255. One value each makes images grey, three make them
-            colour.
+        resample: Pillow's number of the filter; trainings use bicubic.
+        image_mean, image_std: mean and standard deviation of each channel, as fractions of 255. One value makes images
+            grey, three make them coloured.
     """
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:
+    def resize(  # type: ignore[override]  # it needs no other options of stock's
+        self, image: np.ndarray, size: SizeDict, resample=None, **kwargs
+    ) -> np.ndarray:
         """(C, H, W) -> (C, size.height, size.width)."""
         if not size.height or not size.width:
             raise ValueError(f"size must have height and width, not {dict(size)}")
@@ -74,16 +79,18 @@ class ZooViTImageProcessor(PixelReader, ViTImageProcessorPil):
         return to_pixels(to_image(image).resize((size.width, size.height), resample, box))
 
 
-class ZooDetrImageProcessor(PixelReader, DetrImageProcessorPil):
-    """Resizes an image by its shorter side and normalises it; makes boxes of a DETR's answers.
+class ZooDetrImageProcessor(PixelReader, DetrImageProcessorPil):  # type: ignore[misc]  # it overrides stock's methods
+    """Resizes an image to a length of its shorter side and normalises it; also makes boxes of a DETR's outputs.
 
     Args:
-        size: `shortest_edge`, in pixels, and `longest_edge`, which the other side does not exceed.
-        resample, image_mean, image_std: see `ZooViTImageProcessor`.
+        size: `shortest_edge`, the length of the shorter side in pixels, and `longest_edge`, the limit of the longer.
+        resample, image_mean, image_std: as in `ZooViTImageProcessor`.
     """
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:
-        """(C, H, W) -> (C, h, w), never less than a pixel."""
+    def resize(  # type: ignore[override]  # it passes on the other options of stock's
+        self, image: np.ndarray, size: SizeDict, resample=None, **kwargs
+    ) -> np.ndarray:
+        """(C, H, W) -> (C, h, w), where h and w are at least 1."""
         if size.shortest_edge and size.longest_edge:
             sides = get_size_with_aspect_ratio(image.shape[1:], size.shortest_edge, size.longest_edge)
             size = SizeDict(height=max(1, sides[0]), width=max(1, sides[1]))
@@ -91,11 +98,11 @@ class ZooDetrImageProcessor(PixelReader, DetrImageProcessorPil):
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """(C, H, W), uint8, as a PIL image."""
+    """Makes a PIL image of (C, H, W), uint8."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """A grey or a colour image as (C, H, W), uint8."""
+    """Returns a grey or colour image as (C, H, W), uint8."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

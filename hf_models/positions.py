@@ -1,6 +1,6 @@
 """Positions of tokens: sinusoidal, learned and rotary, in one dimension and in two.
 
-    B  batch    T  tokens    P  places of a grid    D  hidden size    H  size of one head
+B  batch    T  tokens    P  places of a grid    D  hidden size    H  size of one head
 """
 
 from functools import partial

@@ -18,7 +18,7 @@ DOORS = {"card", "publish", "draw", "probe"}  # thin files for `python -m traini
 SHARED = {"figures", "metrics", "models", "processors"}  # single files that the rooms share
 MAY_IMPORT = {
     "run": set(),
-    **dict.fromkeys(SHARED, {"run"}),
+    **dict.fromkeys(SHARED, {"run", *SHARED}),
     "data": {"run"},
     "text": {"data", "run", *SHARED},
     "images": {"data", "run", *SHARED},

@@ -21,6 +21,8 @@ from tests.faults.processes import (
     read_metrics,
 )
 
+pytestmark = pytest.mark.xdist_group("processes")  # these tests share one run, so one worker runs them all
+
 CONFIGURATIONS = sorted((REPOSITORY / "training" / "accelerate").glob("*.yaml"))
 EVERY_STEP = {"log_every": 1}
 FSDP2 = {  # what the launcher makes of fsdp2_cpu.yaml

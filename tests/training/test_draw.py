@@ -5,7 +5,7 @@ from PIL import Image
 from hf_models import ZooGPTModel, ZooViTMAEForPreTraining
 from tests.training.runs import TRAINING, write_metrics
 from training import draw
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
-"""The model card of a run, its README.md: what the Hub and people read, with measured numbers only.
+"""Writes the model card of a run, README.md, with measured numbers only.
 
     python -m training.card RUN_DIR...                         write the cards of runs again
     python -m training.card RUN_DIR... --output model_cards    keep RECIPE.md, RECIPE.json and RECIPE/*.png there
     python -m training.card model_cards/*.json                 write those again, without the runs
 
-A card is model_cards/template.md filled from eval_results.json. What a person writes between
-`<!-- by hand: name -->` and `<!-- end by hand -->` stays, and so does what they change in the header: licence,
-language, tags and every field that is not written here.
+A card is model_cards/template.md, filled from eval_results.json. What a person writes between
+`<!-- by hand: name -->` and `<!-- end by hand -->` stays. So do their changes in the header: licence, language, tags
+and every field that this program does not write.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from training.run.folder import text_of, write_atomic
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"
 PAPERS = REPOSITORY / "model_cards" / "papers.bib"
-EVAL_RESULTS = ".eval_results/hf_models.yaml"  # in the Hub's repository
+EVAL_RESULTS = ".eval_results/hf_models.yaml"  # in a repository of the Hub
 
-# What a run may draw, and what the picture shows.
+# The pictures that a run may draw, and what each shows.
 PICTURES = {
     "curves.png": "Loss during training",
     "confusion_matrix.png": "Confusion matrix: the classes of held-out images and what they were taken for",
@@ -44,10 +44,10 @@ PICTURES = {
     "decoder_attention.png": "Where the decoder looks for each box that it finds",
     "query_slots.png": "Where each query finds objects in all held-out images (Carion et al. 2020, figure 7)",
 }
-# In a card: its title, and how to use the model.
+# The title of a card, and the code in it that uses the model.
 TITLE = re.compile("^# (.+)$", flags=re.MULTILINE)
 SNIPPET = re.compile(r"^```python\n(.*?)\n```$", flags=re.DOTALL | re.MULTILINE)
-LARGEST_PICTURE = 150_000  # bytes of a picture in model_cards/
+LARGEST_PICTURE = 150_000  # bytes; the largest picture in model_cards/
 
 
 class Family(NamedTuple):
@@ -56,7 +56,7 @@ class Family(NamedTuple):
     key: str  # in model_cards/papers.bib
 
 
-FAMILIES = {  # by the beginning of a class's name; the first one counts
+FAMILIES = {  # by how a class's name begins; the first match counts
     "ZooGPT": Family(
         "GPT, the decoder of the transformer, which predicts each token from those before it",
         "Radford et al. 2019",
@@ -115,8 +115,8 @@ WHOSE_ENERGY = {"CPU": "CPU, of the whole machine"}
 def write_card(output_dir: str | Path) -> Path:
     """Writes `output_dir/README.md` from `eval_results.json` and model_cards/template.md, and returns its path.
 
-    A line of the template whose value is not in eval_results.json is left out, and a section left without lines too.
-    A README.md of a person, without any of the marks, stays as it is, which is said on stderr.
+    A line of the template is left out if eval_results.json lacks its value, and so is a section without lines. A
+    README.md that a person wrote, without any of the marks, stays as it is, and a line on stderr says so.
     """
     folder = Path(output_dir)
     readme = folder / "README.md"
@@ -130,12 +130,12 @@ def write_card(output_dir: str | Path) -> Path:
 def card_files(
     output_dir: str | Path, source: str | None = None, published: str | None = None, revision: str | None = None
 ) -> dict[str, str]:
-    """The text of README.md, and where the Hub has the data also that of the Hub's `.eval_results`, by their place in
-    the repository. Nothing is written.
+    """Returns the text of README.md and, if the data is on the Hub, of the Hub's `.eval_results`, by their paths in the
+    repository. Nothing is written.
 
     Args:
         output_dir: a finished run.
-        source: the repository of the Hub that the card is for, "user/name"; None: the card is for the folder.
+        source: the repository that the card is for, "user/name"; None: the card is for the folder.
         published: the README.md that is in the repository.
         revision: the branch or tag that the card is for; None: the main branch.
 
@@ -160,8 +160,8 @@ def card_files(
 
 
 def renewed_card(folder: Path, code_version: str) -> str | None:
-    """README.md for code of another version, made again with its own title, snippet and words; None where there is no
-    such card, or no eval_results.json to make it from."""
+    """Returns README.md for another version of the code, with the title, snippet and words that it has now; None if
+    there is no card of ours, or no eval_results.json."""
     own = text_of(folder / "README.md")
     title, code = TITLE.search(split_header(own)[1]), SNIPPET.search(own or "")
     if is_foreign(own) or not title or not code or not (folder / "eval_results.json").exists():
@@ -175,18 +175,21 @@ def _pictures(folder: Path) -> dict[str, str]:
 
 
 def _code_version(folder: Path) -> str | None:
-    """Of the code that travels with a checkpoint; the config's may be of one that the checkpoint was made from."""
+    """Returns the version of the code in a checkpoint's folder. The config may name the version of an earlier
+    checkpoint, from which this one was made."""
     found = re.search(r'^ZOO_VERSION = "([\w.+-]+)"$', text_of(folder / "base.py") or "", flags=re.MULTILINE)
     return found and found[1]
 
 
 def export(path: str | Path, output: str | Path | None = None) -> Path:
-    """Writes the card of a run, or of results kept earlier, for model_cards/: OUTPUT/RECIPE.md with RECIPE.json, the
-    results that it can be written from again, and the pictures, made small, in RECIPE/. Returns the card's path.
+    """Writes the card of a run, or of results kept earlier, for model_cards/, and returns its path.
+
+    Besides the card, OUTPUT/RECIPE.md, it keeps the results in RECIPE.json, from which the card can be written again,
+    and small pictures in RECIPE/.
 
     Args:
         path: the folder of a run, or a RECIPE.json.
-        output: folder; by default where RECIPE.json is.
+        output: a folder; by default the folder of RECIPE.json.
     """
     path = Path(path)
     is_run = path.is_dir()
@@ -213,7 +216,7 @@ def export(path: str | Path, output: str | Path | None = None) -> Path:
 
 
 def small_picture(path: Path) -> bytes:
-    """The picture as a PNG of at most LARGEST_PICTURE bytes: of fewer colours, and if need be of fewer pixels."""
+    """Returns the picture as a PNG of at most LARGEST_PICTURE bytes, with fewer colours and, if need be, pixels."""
     picture = Image.open(path).convert("RGB")
     while True:
         file = io.BytesIO()
@@ -225,7 +228,7 @@ def small_picture(path: Path) -> bytes:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What was measured, without what only concerns the machine; raises ValueError naming the file."""
+    """Returns what an eval_results.json contains. Raises ValueError naming the file if it is missing or damaged."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -264,13 +267,13 @@ def public_name(source: str) -> str:
 
 
 def measures(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers that say how good the model is, without `eval_`."""
+    """Returns the numbers that say how good the model is, by their names without `eval_`."""
     numbers = _numbers(results).items()
     return {k.removeprefix("eval_"): v for k, v in numbers if k.startswith("eval_") and not k.endswith(SPEEDS)}
 
 
 def eval_entries(results: dict[str, Any]) -> list[EvalResultEntry]:
-    """The main measure as the Hub's leaderboards take it; none unless the data is on the Hub."""
+    """Returns the main measure as the Hub's leaderboards take it; none unless the data is on the Hub."""
     data, found = HUB_DATA.fullmatch(_texts(results.get("data")).get("source", "")), measures(results)
     main = next((name for name in USES[_task(results)].measures if name in found), None)
     if data is None or main is None:
@@ -280,7 +283,15 @@ def eval_entries(results: dict[str, Any]) -> list[EvalResultEntry]:
 
 
 class Card(NamedTuple):
-    """What a card is made of. pictures: name to place. code_version: of hf_models, whose code is in the checkpoint."""
+    """What a card is made of.
+
+    Args:
+        results: the content of eval_results.json.
+        name: the title.
+        code: the snippet that uses the model.
+        pictures: paths by the names of the pictures.
+        code_version: the version of hf_models whose code is in the checkpoint.
+    """
 
     results: dict[str, Any]
     name: str
@@ -289,8 +300,7 @@ class Card(NamedTuple):
     code_version: str | None = None
 
     def text(self, own: str | None = None, published: str | None = None, publishes: bool = False) -> str:
-        """The card with what people wrote into earlier versions of it: `own`, beside the run, and `published`, on the
-        Hub. `publishes`: it will go to the Hub."""
+        """Returns the card with what people wrote into earlier ones; for the arguments see `card_edits.merge`."""
         body = _fill(TEMPLATE.read_text(encoding="utf-8"), self.values())
         fields = self.header()
         theirs, mark = merge_header(fields, own, published, publishes)
@@ -300,7 +310,7 @@ class Card(NamedTuple):
         return f"---\n{header.to_yaml()}\n---\n\n{mark}{merge(body, own, published, publishes)}"
 
     def values(self) -> dict[str, str | None]:
-        """The text for each placeholder of the template; None where eval_results.json has nothing."""
+        """Returns the text of each placeholder of the template; None where eval_results.json has nothing for it."""
         results = self.results
         texts, numbers, data = _texts(results), _numbers(results), _texts(results.get("data"))
         family, size = _family(results), texts.get("model")
@@ -344,7 +354,7 @@ class Card(NamedTuple):
         }
 
     def header(self) -> dict[str, Any]:
-        """What the Hub reads, but for what people write into it."""
+        """Returns the fields that the Hub reads, without those that people write."""
         results, task = self.results, _task(self.results)
         source = _texts(results.get("data")).get("source", "unknown")
         data = HUB_DATA.fullmatch(source)
@@ -378,7 +388,7 @@ class Card(NamedTuple):
 
 
 def _fill(template: str, values: dict[str, str | None]) -> str:
-    """Fills the template. Lines that miss a value go first, then the `## ` headings that have nothing below them."""
+    """Fills the template. It removes lines that lack a value, and then `## ` headings with nothing below them."""
     lines = [line for line in template.splitlines() if all(values[name] for name in Template(line).get_identifiers())]
     values = {name: (value or "").replace("<!--", "<! --") for name, value in values.items()}  # no marks but ours
     rendered = [""]
@@ -398,13 +408,13 @@ def _table(name: str, value_name: str, values: dict[str, float]) -> str | None:
 
 
 def _texts(values) -> dict[str, str]:
-    """The texts of a JSON object, each as one line."""
+    """Returns the texts in a JSON object, each as one line."""
     values = values.items() if isinstance(values, dict) else ()
     return {name: " ".join(text.split()) for name, text in values if isinstance(text, str) and text.strip()}
 
 
 def _numbers(values) -> dict[str, float]:
-    """The finite numbers of a JSON object."""
+    """Returns the finite numbers in a JSON object."""
     values = values.items() if isinstance(values, dict) else ()
     return {name: value for name, value in values if type(value) in (int, float) and math.isfinite(value)}
 
@@ -433,19 +443,19 @@ def _family(results: dict) -> Family | None:
 
 
 def _paper(family: Family) -> dict[str, str]:
-    """The entry of papers.bib, and its url."""
+    """Returns the entry of a family's paper in papers.bib, and its url."""
     entries = PAPERS.read_text(encoding="utf-8").split("\n\n")
     entry = next(entry for entry in entries if entry.split("{")[1].startswith(f"{family.key},"))
     return {"entry": entry, "url": re.search(r"url = {(.*)}", entry)[1]}
 
 
 def _linked(name: str, place: str | None) -> str:
-    """A name, as a link to its place on the Hub; a place without "/" is none there."""
+    """Returns a name as a link to its page on the Hub; `place` is no page there if it has no "/"."""
     return f"[{name}](https://huggingface.co/{place})" if place and "/" in place else name
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block, whose fence is longer than any row of backticks inside."""
+    """Returns a code block whose fence is longer than any row of backticks in it."""
     longest = max((len(row) for row in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,7 +1,7 @@
 """One commit on a branch of a repository of the Hub, which is safe to repeat.
 
-It remembers nothing: whatever was interrupted, and whichever answer was lost, it looks at the repository again and does
-what is left. The commit names the one that it was compared with as its parent, so that two writers never mix.
+It remembers nothing. After an interruption or a lost answer it looks at the repository again and does what is left.
+The commit names as its parent the commit that it was compared with, so that two writers never mix their changes.
 """
 
 import copy
@@ -17,14 +17,14 @@ from huggingface_hub.utils.sha import git_hash
 
 from training.hub.errors import persist
 
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")  # as the Hub makes them
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{34}\b")  # the form of tokens that the Hub makes
 
 
 @dataclass
 class Plan:
-    """What makes a repository hold what it shall."""
+    """What has to change in a repository."""
 
-    head: str | None  # the commit that it was compared with; None: there is no such repository
+    head: str | None  # the commit that was compared; None: there is no such repository
     send: list[CommitOperationAdd] = field(default_factory=list)
     keep: list[CommitOperationAdd] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Plan:
         return f"{sent}, {len(self.keep)} unchanged, {len(self.delete)} to delete"
 
     def lines(self) -> list[str]:
-        """A line for each file: what becomes of it, and its size in bytes."""
+        """Returns a line for each file: what happens to it, and its size in bytes."""
         shown = [("send", file) for file in self.send] + [("unchanged", file) for file in self.keep]
         lines = [(file.path_in_repo, what, f"{file.upload_info.size:,}") for what, file in shown]
         lines += [(name, "delete", "") for name in self.delete]
@@ -47,10 +47,10 @@ class Plan:
 
 
 class Commit:
-    """One commit on a branch of a repository, and what it takes to make it safely; what it holds is `compare`'s."""
+    """One commit on a branch of a repository, made safely. A subclass says in `compare` what the commit contains."""
 
     title: str
-    folder: Path  # what is here as it is there need not be fetched
+    folder: Path  # files in it need not be fetched if the repository has the same
 
     def __init__(self, repo_id: str, private: bool, branch: str, tag: str | None):
         self.private, self.branch, self.tag = private, branch, tag
@@ -60,7 +60,7 @@ class Commit:
         self.url = f"{self.api.endpoint}/{self.repo_id}" + (f"/tree/{branch}" if branch != "main" else "")
 
     def run(self, dry_run: bool) -> str:
-        """The URL, once the repository holds what it shall."""
+        """Makes the commit if anything differs, or only prints what it would do, and returns the URL."""
         if dry_run:
             plan = persist(self.foresee)
             print(f"would publish to {self.url}: {plan}", *plan.lines(), sep="\n")
@@ -69,7 +69,8 @@ class Commit:
         return self.url
 
     def attempt(self) -> Plan:
-        """Everything from the beginning. Whatever an earlier attempt has done is found done. Returns what was left."""
+        """Does everything from the beginning, and skips what an earlier attempt has done. Returns what was left to
+        do."""
         plan = self.compare(self.branch)
         is_tagged, head = self.is_tagged(plan), plan.head
         if plan.changes:
@@ -80,23 +81,24 @@ class Commit:
         return plan
 
     def foresee(self) -> Plan:
-        """What an attempt would find, without making anything."""
+        """Returns what an attempt would do, and does nothing."""
         plan = self.compare(self.branch)
         self.is_tagged(plan)
         return plan
 
     def compare(self, revision: str) -> Plan:
+        """Returns what has to change in the repository at `revision`."""
         raise NotImplementedError
 
     def look(self, revision: str) -> tuple[str, dict[str, RepoFile]]:
-        """The commit at `revision`, and its files."""
+        """Returns the commit at `revision` and its files."""
         info = self.api.model_info(self.repo_id, revision=revision)
         if self.private and not info.private:
             raise ValueError(f"{self.repo_id} is public: make it private in its settings, or leave out --private")
         return info.sha, self.tree(info.sha)
 
     def plan(self, head: str, there: dict[str, RepoFile], files: list[CommitOperationAdd]) -> Plan:
-        """What of the files differs from those that are there."""
+        """Returns which of the files differ from those in the repository."""
         refuse_token(files)
         plan = Plan(head)
         for file in files:
@@ -104,8 +106,8 @@ class Commit:
         return plan
 
     def commit(self, plan: Plan) -> str:
-        """The id of the commit, in which everything has arrived."""
-        # Copies: the client marks what it has sent, which the next attempt is not to rely on.
+        """Makes the commit, checks that everything has arrived, and returns its id."""
+        # The client marks in these objects what it has sent. The next attempt must not rely on that, so it gets copies.
         changes = [*map(copy.copy, plan.send), *map(CommitOperationDelete, plan.delete)]
         done = self.api.create_commit(
             self.repo_id, changes, commit_message=self.title, revision=self.branch, parent_commit=plan.head
@@ -117,11 +119,13 @@ class Commit:
         return done.oid
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
+        """Returns the files at `revision` by their paths."""
         tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
         return {file.path: file for file in tree if isinstance(file, RepoFile)}
 
     def fetch(self, name: str, there: dict[str, RepoFile], revision: str) -> str | None:
-        """The text of a small file of the repository; from here if that is the same. None if there is none."""
+        """Returns the text of a small file of the repository, without fetching it if `folder` has the same file; None
+        if there is no such file."""
         if name not in there:
             return None
         mine = self.folder / name
@@ -134,7 +138,7 @@ class Commit:
         return response.content.decode("utf-8")
 
     def is_tagged(self, plan: Plan) -> bool:
-        """Whether the tag is where it shall be. Raises ValueError if it is elsewhere."""
+        """Returns whether the tag names the right commit already. Raises ValueError if it names another one."""
         if self.tag is None:
             return False
         tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(self.repo_id).tags}
@@ -144,6 +148,7 @@ class Commit:
 
 
 def is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Returns whether the file in the repository has the same content."""
     if there is None or there.size != file.upload_info.size:
         return False
     if there.lfs:
@@ -153,7 +158,7 @@ def is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:
 
 
 def refuse_token(files: Iterable[CommitOperationAdd]):
-    """Raises ValueError if the login, or another token of the Hub, is in a file that is about to be everybody's."""
+    """Raises ValueError if a file that is about to be published contains the token of the login, or another token."""
     token = (get_token() or "").encode()
     for file in files:
         if file.upload_info.size < 100e6 and not file.path_in_repo.endswith(".safetensors"):

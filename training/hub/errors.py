@@ -1,4 +1,4 @@
-"""What may go wrong between here and the Hub: what passes and is tried again, and what to tell the user."""
+"""Errors of the Hub: which of them are worth another try, and what to tell the user."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ from training.run.arguments import one_line
 
 WAITS = [1, 4, 16]  # seconds before another try
 LONGEST_WAIT = 600  # seconds; the Hub counts requests over half of that
-PASSING = [408, 409, 412, 429, *range(500, 600)]  # of the statuses: 409 and 412 are another writer
+PASSING = [408, 409, 412, 429, *range(500, 600)]  # statuses that pass; 409 and 412 mean another writer
 
 
 def persist(action: Callable):
-    """Does it; again, a few times, after what may pass."""
+    """Calls `action` and returns its result; after an error that may pass, it tries a few more times."""
     for number, wait in enumerate([*WAITS, None]):
         try:
             return action()
@@ -35,15 +35,18 @@ def persist(action: Callable):
 
 
 def _http_error(error: BaseException | None) -> HTTPError | None:
-    """The client wraps the one that ended an upload."""
+    """Returns the HTTP error behind an error, since the client wraps the one that ended an upload."""
     while error is not None and not isinstance(error, HTTPError):
         error = error.__cause__
     return error
 
 
 def _status(error: BaseException) -> int | None:
-    """Of the answer that was an error. Xet, which takes large files where its client is installed, has Python's own
-    classes for it, and the number only in their words; those of a file name the file."""
+    """Returns the HTTP status of an error, None if it has none.
+
+    The client of Xet, which sends large files if it is installed, raises Python's own classes and has the number only
+    in the message. Its errors name no file, unlike errors of the file system.
+    """
     if cause := _http_error(error):
         return getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(error, PermissionError | FileNotFoundError) and error.filename is None:
@@ -53,8 +56,9 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether it may go well another time: no answer, half an answer, too many requests, another writer, the Hub's own
-    errors. A RuntimeError is the client's too: what is wrong with the run is a ValueError or names a file."""
+    """Returns whether another try may succeed: after no answer, half an answer, too many requests, another writer, or
+    an error of the Hub itself. A RuntimeError comes from the client: errors of the run are ValueErrors or name a
+    file."""
     if status := _status(error):
         return status in PASSING
     classes = HTTPError | RuntimeError | ConnectionError | TimeoutError | json.JSONDecodeError
@@ -62,7 +66,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def _asked_to_wait(error: Exception) -> int:
-    """Seconds."""
+    """Returns how many seconds the Hub asks to wait; 0 if it does not say."""
     headers = getattr(getattr(_http_error(error), "response", None), "headers", {})
     reset = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
     after = headers.get("retry-after", "").strip()
@@ -70,7 +74,7 @@ def _asked_to_wait(error: Exception) -> int:
 
 
 def explain(error: Exception, repo_id: str = "") -> str:
-    """What went wrong and what to do, on one line."""
+    """Returns on one line what went wrong and what to do."""
     cause, status = _http_error(error) or error, _status(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to publish"
@@ -96,7 +100,7 @@ def explain(error: Exception, repo_id: str = "") -> str:
 
 
 def _who_may_not(repo_id: str) -> str:
-    """What the login is missing: the right name, or what the Hub says."""
+    """Returns what a refused login lacks: the right name, or what the Hub says."""
     with contextlib.suppress(ValueError, OSError, HTTPError, KeyError):
         me = HfApi().whoami()
         names = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
@@ -107,4 +111,5 @@ def _who_may_not(repo_id: str) -> str:
 
 
 def without_token(text: str) -> str:
+    """Returns the text with the token of the login replaced."""
     return text.replace(get_token() or "\0", "<token>")

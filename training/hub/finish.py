@@ -51,11 +51,14 @@ def finish(
 ):
     """Makes the output folder a checkpoint that loads anywhere: weights, code, processor, card, curves, results.
 
+    Every process calls it. With `--push_to_hub` the main process also publishes the folder.
+
     Args:
         processor: the tokenizer or image processor.
-        task: the pipeline that the model is for.
-        data: the training data, or whatever knows where it is from.
-        pictures: more than the curves, by the name of the file; see `card.PICTURES`.
+        results: what was measured.
+        task: a name of `training.hub.snippets.USES`, mostly the pipeline that the model is for.
+        data: the training data, or another object that says where it is from.
+        pictures: pictures besides the curves, by the names of their files; see `card.PICTURES`.
     """
     output_dir = Path(args.output_dir)
     tensors, _ = gather_training_state(model, [])
@@ -67,15 +70,15 @@ def finish(
         shutil.rmtree(staging, ignore_errors=True)
         try:
             bare.save_pretrained(staging, state_dict=tensors["model"], max_shard_size=MAX_SHARD_SIZE)
-        except SafetensorError as error:  # a full disk, in its words
+        except SafetensorError as error:  # this is how safetensors reports a full disk
             raise OSError(f"writing the weights to {staging} failed: {one_line(error)}") from error
         processor.save_pretrained(staging)
-        (output_dir / "eval_results.json").unlink(missing_ok=True)  # what it says is not of the weights to come
+        (output_dir / "eval_results.json").unlink(missing_ok=True)  # it does not describe the new weights
         for path in output_dir.iterdir():
-            if WEIGHTS.fullmatch(path.name) and not (staging / path.name).exists():  # of another number of shards
+            if WEIGHTS.fullmatch(path.name) and not (staging / path.name).exists():  # the shards of an earlier export
                 path.unlink()
         for path in sorted(staging.iterdir()):
-            if path.is_dir():  # as a tokenizer's templates; a folder does not take the place of another
+            if path.is_dir():  # such as a tokenizer's templates; os.replace does not replace a folder
                 shutil.rmtree(output_dir / path.name, ignore_errors=True)
             os.replace(path, output_dir / path.name)
         staging.rmdir()
@@ -108,14 +111,14 @@ def finish(
         print(f"\nThe model is in {output_dir}. To use it:\n\n{code}", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if args.push_to_hub and accelerator.is_main_process:  # the others have ended: they would not wait for an upload
+    if args.push_to_hub and accelerator.is_main_process:  # no other process has to wait for the upload
         with user_errors():
             print(f"published to {push(output_dir, args.hub_model_id, args.hub_private)}", flush=True)
 
 
 def launch_command(args: RunArguments, accelerator: Accelerator) -> str:
-    """The command of this run, without paths of this machine; what `accelerate launch` was told in a configuration
-    file is spelled out."""
+    """Returns the command of this run without paths of this machine. It spells out what a configuration file told
+    `accelerate launch`."""
     words = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         words.append("--cpu")
@@ -127,7 +130,7 @@ def launch_command(args: RunArguments, accelerator: Accelerator) -> str:
 
 
 def without_one_time_options(words: list[str]) -> list[str]:
-    """The words of a command without what whoever repeats it would not want: to publish, or to begin again."""
+    """Returns the words of a command without the options that publish or begin again, which nobody wants to repeat."""
     kept, is_value = [], False
     for word in words:
         name = word.split("=")[0]
@@ -139,7 +142,7 @@ def without_one_time_options(words: list[str]) -> list[str]:
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
-    """Number of processes and the device each had."""
+    """Returns the number of processes and the device of each."""
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
     else:
@@ -149,7 +152,7 @@ def describe_hardware(accelerator: Accelerator) -> str:
 
 
 def processor_name() -> str:
-    """The CPU's name as the system knows it."""
+    """Returns the name of the CPU as the system knows it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -158,7 +161,7 @@ def processor_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a number may depend on."""
+    """Returns the versions of everything that a measured number may depend on."""
     import accelerate
     import transformers
 

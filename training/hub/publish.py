@@ -1,11 +1,11 @@
-"""From a finished run to the Hub: one commit, which is safe to repeat.
+"""Publishes a finished run on the Hub, in one commit that is safe to repeat.
 
     python -m training.publish runs/gpt-embedded --repo user/name
     python -m training.publish runs/gpt-embedded --code_only    only replace the code by the current one, here and there
     python -m training.publish user/name --code_only            the same, only there
 
-A push compares the run with the repository, sends what differs, and in the same commit deletes what an earlier push
-left there and the run no longer has.
+A push compares the run with the repository and sends what differs. The same commit deletes what an earlier push sent
+and the run no longer has.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from training.hub.snippets import EXAMPLE
 from training.run.arguments import one_line, user_errors
 from training.run.folder import RunLock, text_of, write_atomic
 
-# Beside the checkpoint, which is what SHA256SUMS lists. Whatever else a run leaves (checkpoints/ with the state of the
-# optimizer, locks, logs of trackers) is not for others.
+# What is published besides the checkpoint, whose files SHA256SUMS lists. The other files of a run (checkpoints/ with
+# the state of the optimizer, locks, logs of trackers) are not published.
 MEASURED = ["eval_results.json", "metrics.jsonl", *PICTURES]
 
 
@@ -52,20 +52,24 @@ def push(
     step: int | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Makes the repository hold the checkpoint with its code, processor, card, metrics and pictures, in one commit,
-    and returns its URL. What it holds already is not sent again; if nothing differs there is no commit.
+    """Publishes a checkpoint with its code, processor, card, metrics and pictures, in one commit.
+
+    What the repository holds already is not sent again; if nothing differs, there is no commit.
 
     Args:
-        repo_id: "user/name", made if there is none; without a user it is that of the login, which is `hf auth
-            login`'s or HF_TOKEN's.
-        private: the repository is not to be public; one that is, is refused.
-        branch: what to commit to, made from `main` if there is none. None: `main`; of a step, `step-N`.
+        repo_id: "user/name"; the repository is made if there is none. Without "user/" it belongs to the user of the
+            login, which is from `hf auth login` or HF_TOKEN.
+        private: make the repository private, and refuse a public one.
+        branch: the branch to commit to; it is made from `main` if there is none. None: `main`, or `step-N` for a step.
         tag: a name for the commit.
-        step: publish the weights of `checkpoints/step-N`, see `training.hub.snapshots`; None: those of the end.
-        dry_run: only print what would be done; nothing is written, neither there nor here.
+        step: publish the weights of `checkpoints/step-N`, see `training.hub.snapshots`; None: the weights of the end.
+        dry_run: only print what would be done; nothing is written, neither on the Hub nor here.
+
+    Returns:
+        The URL of the repository.
 
     Raises:
-        ValueError: in one line, why it cannot be published, and what to do.
+        ValueError: it cannot be published; the message says in one line why, and what to do.
     """
     options = {"--branch": branch, "--tag": tag, "--step": step, "--private": private, "--dry-run": dry_run}
 
@@ -93,18 +97,20 @@ def replace_code(
     tag: str | None = None,
     dry_run: bool = False,
 ):
-    """Replaces the code of a checkpoint by the current one, with all that depends on it: auto_map and version in its
-    config, its sums and its card. The weights are not read, sent or fetched, and words of people stay.
+    """Replaces the code of a checkpoint by the current code.
+
+    What depends on the code changes with it: auto_map and version in the config, the sums and the card. The weights are
+    not read, sent or fetched, and the words of people in the card stay.
 
     Args:
-        run: a folder that a run or `save_pretrained` left; or in its place "user/name", a repository of the Hub.
-        repo_id: a repository, "user/name", whose code is replaced too, in one commit; whatever it holds besides code
-            need not be that of the folder.
+        run: a folder that a run or `save_pretrained` left; or "user/name", a repository of the Hub.
+        repo_id: a repository, "user/name", whose code is replaced too, in one commit. Its weights may differ from those
+            of the folder. None: only the folder is changed.
         private, branch, tag: as in `push`. The branch has to exist.
-        dry_run: only print what would be done; nothing is written, neither there nor here.
+        dry_run: only print what would be done; nothing is written, neither on the Hub nor here.
 
     Raises:
-        ValueError: in one line, why it cannot be done, and what to do.
+        ValueError: it cannot be done; the message says in one line why, and what to do.
     """
     folder, options = Path(run), {"--branch": branch, "--tag": tag, "--private": private}
     options = {"--repo": repo_id, "--code_only": True, **options, "--dry-run": dry_run}
@@ -170,8 +176,14 @@ def _replace_code_here(folder: Path, dry_run: bool):
 
 
 def _in_one_line(action: Callable, what: str, repo_id: str, run_dir: str | Path, options: dict):
-    """Does it. Whatever goes wrong is a ValueError of one line: what cannot be done and why, and where repeating it may
-    help the command for that, with RUN_DIR and the options that are given."""
+    """Calls `action`, and turns whatever goes wrong into a ValueError of one line.
+
+    The line says what cannot be done and why. If repeating may help, it also says which command to repeat.
+
+    Args:
+        what: what `action` does, for the message.
+        run_dir, options: words of the command, by the options that take them.
+    """
     try:
         return action()
     except (ValueError, OSError, RuntimeError, HTTPError) as error:
@@ -181,13 +193,17 @@ def _in_one_line(action: Callable, what: str, repo_id: str, run_dir: str | Path,
             words = [flag if value is True else f"{flag}={value}" for flag, value in given.items()]
             repeated = "asks again" if options["--dry-run"] else "goes on where it stopped"
             reason += f"; `python -m training.publish {shlex.join([str(run_dir), *words])}` {repeated}"
-    # Outside of the handler: a traceback would show the client's words too.
+    # It is raised outside of the handler, since a traceback would also show the client's message.
     raise ValueError(without_token(f"cannot {what}: {reason}"))
 
 
 def published_files(folder: Path) -> list[str]:
-    """The names of what a run publishes as it lies there. Raises ValueError if it is not a finished run, or a file is a
-    link: what it leads to may be no part of the run."""
+    """Returns the names of the files in a run's folder that are published.
+
+    Raises:
+        ValueError: the folder is not a finished run, or a file is a symbolic link, whose target may not belong to the
+            run.
+    """
     if not (folder / "config.json").exists():
         raise ValueError(f"no config.json in {folder}, so it is not a finished run")
     names = sorted(path.name for path in folder.iterdir() if path.is_symlink() or path.is_file())
@@ -203,14 +219,14 @@ def _is_published(name: str) -> bool:
 
 
 def _read_sums(text: str | None) -> dict[str, str]:
-    """sha256 by name, of what SHA256SUMS lists."""
+    """Returns the sha256 of each file that a SHA256SUMS lists, by name."""
     lines = (line.partition("  ") for line in (text or "").split("\n"))
     return {name: sha256 for sha256, _, name in lines if name}
 
 
 def _check_weights(folder: Path, sums: dict[str, str]):
-    """Raises ValueError if the weights are not those that the run's own SHA256SUMS lists, which was written with the
-    results."""
+    """Raises ValueError if the weights are not those that the run's own SHA256SUMS lists. That file was written with
+    the results, so it tells which weights were measured."""
     if not (folder / SUMS).exists():
         return
     measured = _read_sums((folder / SUMS).read_text(encoding="utf-8"))
@@ -226,7 +242,7 @@ def _check_weights(folder: Path, sums: dict[str, str]):
 
 
 class _Push(Commit):
-    """One run, and the repository that is to hold it."""
+    """The commit that makes a repository hold a run."""
 
     def __init__(self, folder: Path, repo_id: str, private: bool, branch: str, tag: str | None):
         super().__init__(repo_id, private, branch, tag)
@@ -234,11 +250,11 @@ class _Push(Commit):
         self.files = {name: CommitOperationAdd(name, folder / name) for name in published_files(folder)}
         sums = checksums(folder)
         _check_weights(folder, _read_sums(sums))
-        for name, sha256 in _read_sums(sums).items():  # for the comparison and for the client: each is hashed once
+        for name, sha256 in _read_sums(sums).items():  # so that comparison and client do not hash a file again
             self.files[name].upload_info.sha256 = bytes.fromhex(sha256)
         self.files[SUMS] = CommitOperationAdd(SUMS, sums.encode())
-        self.sums, self.readme = sums, None  # what the folder is to have at the end
-        refuse_token([*self.files.values(), *self.card(None)])  # what is wrong with the run is said first
+        self.sums, self.readme = sums, None  # what the folder gets at the end
+        refuse_token([*self.files.values(), *self.card(None)])  # errors of the run come before errors of the Hub
 
     def run(self, dry_run: bool) -> str:
         url = super().run(dry_run)
@@ -250,7 +266,8 @@ class _Push(Commit):
         return url
 
     def write_back(self):
-        """Gives the folder what was published; not earlier: the card tells what was published from what is new."""
+        """Writes the published card and sums into the folder. This must not happen before the commit, since the card
+        lists which versions were published."""
         if text_of(self.folder / SUMS) != self.sums:
             write_atomic(self.folder / SUMS, self.sums)
         readme = self.folder / "README.md"
@@ -280,7 +297,7 @@ class _Push(Commit):
             return Plan(None, send=[*self.files.values(), *self.card(None)])
 
     def compare(self, revision: str) -> Plan:
-        """The run and the repository at `revision`, file by file."""
+        """Compares the run with the repository at `revision`, file by file."""
         head, there = self.look(revision)
         files = [*self.files.values(), *self.card(self.fetch("README.md", there, head))]
         plan = self.plan(head, there, files)
@@ -288,10 +305,10 @@ class _Push(Commit):
         return plan
 
     def card(self, theirs: str | None) -> list[CommitOperationAdd]:
-        """README.md, with what a person wrote here and there, and `.eval_results`. Without README.md if the one that is
-        there is a person's."""
+        """Returns README.md, with what people wrote here and on the Hub, and `.eval_results`. README.md is left out if
+        a person wrote the whole one on the Hub."""
         revision = None if self.branch == "main" else self.branch
-        self.own = text_of(self.folder / "README.md")  # before it is read for the card
+        self.own = text_of(self.folder / "README.md")  # read before the card is made, to notice later changes
         texts = card_files(self.folder, source=self.repo_id, published=theirs, revision=revision)
         self.readme = ours = texts["README.md"]
         if theirs not in (None, ours):
@@ -304,8 +321,8 @@ class _Push(Commit):
         return [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
 
     def left_over(self, names: set[str], there: dict[str, RepoFile], revision: str) -> list[str]:
-        """What an earlier push left and this run has not: weights, results, and what the SHA256SUMS there lists. All
-        else is a person's."""
+        """Returns the files that an earlier push sent and this run does not have: weights, results, and what the
+        SHA256SUMS on the Hub lists. All other files belong to people."""
         others = [name for name in there if name not in names and (_is_published(name) or name == EVAL_RESULTS)]
         if not others:
             return []
@@ -314,7 +331,7 @@ class _Push(Commit):
 
 
 class _CodePush(Commit):
-    """The current code for what a repository holds, whatever that is and wherever it came from."""
+    """The commit that gives a repository the current code, whatever checkpoint it holds."""
 
     title = f"Replace the code by that of hf_models {ZOO_VERSION}"
     folder = PACKAGE
@@ -325,7 +342,8 @@ class _CodePush(Commit):
         return plan
 
     def compare(self, revision: str) -> Plan:
-        """The code and the repository at `revision`. What `renew` reads is fetched, and of pictures their names."""
+        """Compares the current code with the repository at `revision`. It fetches what `renew` reads; of pictures,
+        `renew` reads only the names."""
         head, there = self.look(revision)
         code = [name for name in there if name.endswith(".py") and "/" not in name]
         with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
@@ -349,7 +367,7 @@ class _CodePush(Commit):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message.partition(" '")[0].rstrip(":"))  # the value that follows may be a secret
+        raise ValueError(message.partition(" '")[0].rstrip(":"))  # without the value, which may be a secret
 
 
 def main(argv: list[str] | None = None):
@@ -379,7 +397,7 @@ def main(argv: list[str] | None = None):
     )
     with user_errors(), contextlib.ExitStack() as stack:
         args, unknown = parser.parse_known_args(argv)
-        if unknown:  # a value is not repeated: it may be a secret
+        if unknown:  # the message does not repeat a value, which may be a secret
             what = f"unknown option {unknown[0].split('=')[0]}" if unknown[0].startswith("-") else "give one RUN_DIR"
             raise ValueError(f"{what}; see `python -m training.publish --help`")
         if args.code_only:
@@ -390,8 +408,8 @@ def main(argv: list[str] | None = None):
             repo = find_repository(Path(args.run_dir)) if is_folder and args.repo is None else args.repo
             replace_code(args.run_dir, repo, args.private, **options)
             return
-        published_files(folder := Path(args.run_dir))  # or the lock would make the folder of a mistyped name
-        if not args.dry_run and os.access(folder, os.W_OK):  # what nobody can write needs no lock
+        published_files(folder := Path(args.run_dir))  # otherwise the lock would make a folder of a mistyped name
+        if not args.dry_run and os.access(folder, os.W_OK):  # a folder that nobody can write needs no lock
             stack.enter_context(RunLock(folder, "RUN_DIR"))  # a training that still writes it is named
         options = {"branch": args.branch, "tag": args.tag, "step": args.step, "dry_run": args.dry_run}
         url = push(folder, args.repo or folder.resolve().name, args.private, **options)

@@ -1,7 +1,7 @@
-"""The current code for a checkpoint that an earlier version of this package saved; its weights are not even read.
+"""Gives a checkpoint of an earlier version of this package the current code, without reading its weights.
 
-A checkpoint carries the code that it was saved with, and a later release of transformers may call that code in a way
-that it does not understand. `renew` says what a checkpoint's folder has to hold instead: the code that
+A checkpoint contains the code that it was saved with. A later release of transformers may call that code in a way that
+it does not understand. `renew` finds what the folder of a checkpoint has to contain instead: the code that
 `save_pretrained` would write today, and what depends on it in config.json, README.md and SHA256SUMS.
 """
 
@@ -25,23 +25,26 @@ SUM = re.compile(r"[0-9a-f]{64} [ *](?P<name>.+)")
 
 
 class Renewal(NamedTuple):
-    """What makes the code of a folder the current one."""
+    """What to change in a folder so that it has the current code."""
 
-    files: dict[str, bytes]  # what it is to hold, by name; SHA256SUMS comes last
-    delete: list[str]  # code that only the earlier code needed
+    files: dict[str, bytes]  # files that it has to contain, by name; SHA256SUMS is the last
+    delete: list[str]  # files of code that only the earlier code needed
 
     def changed(self, folder: Path) -> list[str]:
-        """The names of the files that the folder does not hold yet."""
+        """Returns the names of the files that the folder does not have yet, or has with another content."""
         paths = {name: folder / name for name in self.files}
         return [name for name, path in paths.items() if not path.exists() or path.read_bytes() != self.files[name]]
 
     def lines(self, folder: Path) -> list[str]:
-        """A line for each change; none if the folder is as it shall be."""
+        """Returns a line for each change; none if nothing has to change."""
         return [f"  delete {name}" for name in self.delete] + [f"  write {name}" for name in self.changed(folder)]
 
     def apply(self, folder: Path):
-        """Changes the folder. A change that was interrupted is completed by another `renew`: it finds what is left to
-        delete through the files that are still there, so these are written afterwards."""
+        """Changes the folder.
+
+        If this is interrupted, another `renew` completes it. That finds what is left to delete through the imports of
+        the old files, so new files are written after old ones are deleted.
+        """
         for name in self.delete:
             (folder / name).unlink()
         for name in self.changed(folder):
@@ -49,8 +52,9 @@ class Renewal(NamedTuple):
 
 
 def renew(folder: Path) -> Renewal:
-    """What to change in the folder of a checkpoint, which is only read. Besides the code, nothing that is missing is
-    made: neither README.md nor SHA256SUMS.
+    """Finds what to change in the folder of a checkpoint, and changes nothing.
+
+    Missing files of code are added, but a missing README.md or SHA256SUMS is not made.
 
     Raises:
         ValueError: the folder holds no checkpoint of this package, or a file of it is damaged.
@@ -84,11 +88,12 @@ def renew(folder: Path) -> Renewal:
 
 
 def _is_ours(config) -> bool:
-    return isinstance(config, dict) and config.get("model_type") in list(FAMILIES)  # a list: whatever is there
+    # In a list, unlike in a dict, a value that cannot be hashed may be looked for.
+    return isinstance(config, dict) and config.get("model_type") in list(FAMILIES)
 
 
 def _read_config(path: Path) -> dict:
-    """The config.json of a checkpoint whose classes the current code has."""
+    """Returns the config.json of a checkpoint. Raises ValueError unless the current code has its classes."""
     if not path.exists():
         raise ValueError(f"no config.json in {path.parent}, so it is not a checkpoint")
     try:
@@ -114,15 +119,15 @@ def _read_config(path: Path) -> dict:
 
 
 def _renewed_config(config: dict, ours: list[str]) -> dict:
-    """The config, and the one of a backbone in it, with the classes and the version of the current code."""
+    """Returns the config, and the config of a backbone in it, with classes and version of the current code."""
     nested = {name: _renewed_config(value, ours) for name, value in config.items() if _is_ours(value)}
     auto_map = {**_foreign_entries(config, ours), **FAMILIES[config["model_type"]].family_auto_map}
     return {**config, **nested, "auto_map": auto_map, "zoo_version": hf_models.__version__}
 
 
 def _foreign_entries(config: dict, ours: list[str]) -> dict:
-    """The entries of an auto_map that somebody has added. A class of ours that the current code no longer has is none
-    of them."""
+    """Returns the entries of an auto_map that somebody has added. A class of ours that the current code no longer has
+    is not one of them."""
     family = FAMILIES[config["model_type"]].family_auto_map
     return {
         name: place
@@ -132,21 +137,22 @@ def _foreign_entries(config: dict, ours: list[str]) -> dict:
 
 
 def _files_of(places: Iterable) -> set[str]:
-    """The names of the files that entries of an auto_map lead to, "file.Class" or a list of such; code in another
-    repository, "user/name--file.Class", is none of them."""
+    """Returns the names of the files that entries of an auto_map name, as "file.Class" or as a list of these. Code in
+    another repository, "user/name--file.Class", is left out."""
     places = [place for entry in places for place in (entry if isinstance(entry, list) else [entry])]
     found = (re.fullmatch(r"(\w+)\.\w+", place) for place in places if isinstance(place, str))
     return {f"{match[1]}.py" for match in found if match}
 
 
 def _code(folder: Path, files: Iterable[str], unread: Iterable[str] = ()) -> list[str]:
-    """The files and all that they import in turn, by name, whether they are in the folder or not; a file comes after
-    the one that leads to it.
+    """Returns the names of files and of everything that they import, directly or not, whether the folder has them or
+    not. A file comes after the file that imports it.
 
-    unread: files whose imports do not count.
+    Args:
+        unread: files whose imports do not count.
     """
     names = sorted(files)
-    for name in names:  # which grows meanwhile
+    for name in names:  # the list grows in the loop
         if name not in unread and (folder / name).exists():
             code = (folder / name).read_text(encoding="utf-8", errors="replace")
             imported = (f"{module}.py" for module in RELATIVE_IMPORT.findall(code))
@@ -155,7 +161,7 @@ def _code(folder: Path, files: Iterable[str], unread: Iterable[str] = ()) -> lis
 
 
 def _read_sums(path: Path, text: str) -> dict[str, str]:
-    """The lines of SHA256SUMS by the name of the file."""
+    """Returns the lines of a SHA256SUMS by the names of the files. Raises ValueError naming a line that is none."""
     lines = {}
     for number, line in enumerate(text.splitlines(), start=1):
         match = SUM.fullmatch(line)

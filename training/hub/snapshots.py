@@ -1,4 +1,4 @@
-"""A run as it was after a step: a folder like the one that it leaves at the end, from one of its checkpoints."""
+"""Exports a run as it was after an earlier step, from one of its checkpoints."""
 
 import json
 import re
@@ -19,23 +19,25 @@ from training.run.folder import write_atomic
 from training.run.log import read_metrics, to_json_lines
 from training.run.optim import parameter_names
 
-MAX_SHARD_SIZE = "5GB"  # of a file of weights
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # and nothing else
+MAX_SHARD_SIZE = "5GB"  # the largest file of weights
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
-# What eval_results.json has besides measurements: it was so at every step.
+# What eval_results.json contains besides measurements; it is the same at every step.
 DESCRIPTION = ["family", "parameters", "task", "model", "started_from", "command", "recipe", "recipe_fingerprint"]
 DESCRIPTION += ["data", "hardware", "versions"]
 
 
 def export_step(run: Path, step: int, names: list[str], destination: Path):
-    """Makes the new folder `destination` what `run` would have left had it ended after `step`, as far as that was
-    measured: the weights of that checkpoint, the metrics up to there, and that step's evaluation if there was one.
+    """Exports a finished run into the new folder `destination` as if it had ended after `step`.
+
+    The folder gets the weights of that checkpoint, the metrics up to that step, and the evaluation of that step if
+    there was one.
 
     Args:
-        names: the files of the finished run that are the same at every step: config, code, processor.
+        names: files of the finished run that are the same at every step, such as config, code and processor.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or it is not of the model that the config describes.
+        ValueError: there is no such checkpoint, it is damaged, or its model is not the one that the config describes.
         OSError: a file cannot be written.
     """
     checkpoints = Checkpoints(run / "checkpoints")
@@ -48,7 +50,7 @@ def export_step(run: Path, step: int, names: list[str], destination: Path):
     for name in names:
         if not WEIGHTS.fullmatch(name):
             shutil.copyfile(run / name, destination / name)
-    if (run / "README.md").exists():  # for what a person wrote in it
+    if (run / "README.md").exists():  # a person may have written in it
         shutil.copyfile(run / "README.md", destination / "README.md")
     try:
         model = load_model(checkpoint, run)
@@ -72,8 +74,8 @@ def export_step(run: Path, step: int, names: list[str], destination: Path):
 
 
 def load_model(checkpoint: Checkpoint, run: Path) -> PreTrainedModel:
-    """The model with the weights of a checkpoint; with their moving average, where the run keeps one, as in its
-    evaluations."""
+    """Returns the model with the weights of a checkpoint, or with their moving average if the run keeps one: these were
+    the weights that its evaluations measured."""
     config = AutoConfig.from_pretrained(run)
     model = getattr(hf_models, config.architectures[0])(config)
     restore_training_state(model, [], checkpoint)

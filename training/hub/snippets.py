@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-EXAMPLE = "example.png"  # an image for the snippet, in which its place is called EXAMPLE
+EXAMPLE = "example.png"  # an image to try a model with; in a line of USES, EXAMPLE stands for its path
 
 
 class Use(NamedTuple):
-    """What a model does, and the last line of its snippet: how `pipeline(task)`, or the model, is used. `measures`: by
-    which it is judged, the first one that there is."""
+    """What models for a task do, and how they are used."""
 
     does: str
-    line: str
-    measures: tuple[str, ...] = ()
+    line: str  # the last line of the snippet, which calls the pipeline or the model
+    measures: tuple[str, ...] = ()  # the first of these that was measured says how good a model is
 
 
 USES = {
@@ -58,9 +57,9 @@ USES = {
         'print(model(**processor(EXAMPLE, return_tensors="pt")).loss)',
     ),
 }
-# The Hub's name of a task, where it has no finer one.
+# Tasks for which the Hub has only a coarser name.
 PIPELINES = {"text-pair-classification": "text-classification", "image-reconstruction": "image-feature-extraction"}
-# Tasks that transformers 5 has no pipeline for: classes of the model and the processor, and a name for that.
+# Tasks without a pipeline in transformers 5: the classes of model and processor, and the variable of the processor.
 WITHOUT_PIPELINE = {
     "question-answering": ("AutoModelForQuestionAnswering", "AutoTokenizer", "tokenizer"),
     "image-reconstruction": ("AutoModelForPreTraining", "AutoImageProcessor", "processor"),
@@ -70,9 +69,15 @@ WITHOUT_PIPELINE = {
 def snippet(
     source: str | Path, task: str = "text-generation", on_hub: bool = False, revision: str | None = None
 ) -> str:
-    """A few lines of Python that load the checkpoint `source`, a folder or a repository of the Hub, and use it.
+    """Returns a few lines of Python that load a checkpoint and use it.
 
-    revision: a branch or tag of the repository; None: its main branch.
+    Args:
+        source: a folder, or a repository of the Hub.
+        on_hub: whether `source` is a repository.
+        revision: a branch or tag of the repository; None: its main branch.
+
+    Raises:
+        ValueError: there is no snippet for the task.
     """
     if task not in USES:
         raise ValueError(f"no snippet for task {task!r}, only for {', '.join(USES)}")
@@ -81,7 +86,7 @@ def snippet(
     imports, lines = [], []
     if "EXAMPLE" in use:
         example = _quote(f"{source}/{EXAMPLE}")
-        if on_hub:  # as the weights come: from a private repository, a mirror or the cache
+        if on_hub:  # the client also knows private repositories, mirrors and the cache
             imports.append("from huggingface_hub import hf_hub_download")
             example = f"hf_hub_download({_quote(source)}, {_quote(EXAMPLE)}{pinned})"
         use = use.replace("EXAMPLE", example)
@@ -98,5 +103,5 @@ def snippet(
 
 
 def _quote(text: str | Path) -> str:
-    """A Python literal of the text in double quotes."""
+    """Returns a Python literal of the text in double quotes."""
     return json.dumps(str(text), ensure_ascii=False)

@@ -1,10 +1,9 @@
 """The command line of every train script: a dataclass of options, a recipe of defaults, one-line errors.
 
-A script subclasses `RunArguments` with its own options, and calls `parse_arguments(Arguments)` inside
-`user_errors()`. Values come from the dataclass, then from `--recipe FILE.yaml`, then from the command line; the
-later one wins. Every value, wherever it was written, arrives as text and is converted by its field's type, so that
-`learning_rate: 3e-4` and `mixed_precision: no` mean in a recipe what they mean in a shell (YAML itself reads a
-string and a false).
+A script adds its own options in a subclass of `RunArguments`, and calls `parse_arguments` with it inside
+`user_errors()`. Values come from the dataclass, then from `--recipe FILE.yaml`, then from the command line; the last
+one wins. Every value arrives as text and is converted by the type of its field, so `learning_rate: 3e-4` and
+`mixed_precision: no` mean the same in a recipe as in a shell. (YAML itself would read a string and false.)
 """
 
 import argparse
@@ -69,7 +68,11 @@ def option(default, help: str, group: str = "this script", **bounds: float):
 
 @dataclass
 class RunArguments:
-    """The options that all train scripts share. Raises ValueError naming the option that is out of range."""
+    """The options that all train scripts share.
+
+    Raises:
+        ValueError: an option is out of its bounds, or does not go with another one; the message names it.
+    """
 
     recipe: str | None = option(None, "YAML file of defaults for the options below", "run")
     output_dir: str | None = option(None, "folder for all results; None: runs/<name of the recipe or script>", "run")
@@ -160,17 +163,21 @@ class RunArguments:
 
 
 def with_defaults(cls, **defaults) -> type:
-    """The dataclass `cls` with other defaults, for a script to subclass."""
+    """Returns a subclass of the dataclass `cls` with other defaults, for a script to subclass."""
     changed = [field for field in dataclasses.fields(cls) if field.name in defaults]
     fields = [(field.name, field.type, option(defaults[field.name], **field.metadata)) for field in changed]
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,))
 
 
 def parse_arguments(cls, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from its defaults, the recipe, and the command line, the last one winning.
+    """Returns an instance of the dataclass `cls` from its defaults, the recipe and the command line.
 
-    Raises ValueError for an unknown option (naming the nearest known one), a value of the wrong type or out of range,
-    and a recipe that is missing or is no mapping of names to values.
+    Args:
+        argv: the words of the command line; None: those of this process.
+
+    Raises:
+        ValueError: an option is unknown, and the message names the nearest known one; a value has the wrong type or is
+            out of its bounds; or the recipe is missing or is no mapping of names to values.
     """
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
@@ -204,7 +211,7 @@ def parse_arguments(cls, argv: list[str] | None = None):
             raise ValueError(f"unknown option {name}; {_nearest(name, fields, '--')}")
         raise ValueError(f"unexpected argument {word!r}: options are written --name value")
 
-    for name, value in vars(given).items():  # text is from the command line, or from a recipe's text option
+    for name, value in vars(given).items():  # from the command line, values are text
         values[name] = _convert(value, types[name], f"--{name}") if isinstance(value, str) else value
     if values.get("output_dir", "") is None:
         values["output_dir"] = str(Path("runs", Path(recipe or sys.argv[0]).stem))
@@ -217,7 +224,7 @@ def split_names(text: str | None) -> list[str] | None:
 
 
 def parse_fields(text: str | None) -> dict:
-    """{"hidden_size": 256, "norm": "rmsnorm"} from "hidden_size=256,norm=rmsnorm", values typed as in YAML."""
+    """Returns {"hidden_size": 256, "norm": "rmsnorm"} from "hidden_size=256,norm=rmsnorm", with values as in YAML."""
     fields = {}
     for item in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # at commas outside of a list
         name, equals, value = item.partition("=")
@@ -229,29 +236,30 @@ def parse_fields(text: str | None) -> dict:
 
 @contextmanager
 def user_errors():
-    """Turns ValueError and OSError into one line `error: ...` on stderr, from rank 0 only, and exit code 2.
+    """Ends the script with exit code 2 and one line `error: ...` if the block raises ValueError or OSError.
 
-    For the set-up of a script, where such an error is the user's to fix. An invalid model configuration counts too:
-    `huggingface_hub` wraps its ValueError or TypeError into an error of its own.
+    It is for the set-up of a script, where the user can mend such an error. The first process of each machine prints
+    the line, since each machine has its own data. An invalid model configuration counts too: `huggingface_hub` wraps
+    its ValueError or TypeError into an error of its own.
     """
     try:
         yield
     except (ValueError, OSError, StrictDataclassError) as error:
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":  # once a machine: each has its own data
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print_error(one_line(error))
         raise SystemExit(2) from None
 
 
 def print_error(message: str):
-    """On stderr, on a line of its own even where a progress bar is."""
+    """Prints `error: ...` to stderr, on a line of its own even if there is a progress bar."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """Returns the message of an exception on one line."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__  # "Class validation error for validator ..." is wrapped around what the user needs
+        error = error.__cause__  # without "Class validation error for validator ..."
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
@@ -263,7 +271,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _read_recipe(path: str) -> dict:
-    """The mapping in a YAML file, every scalar as the text that was written."""
+    """Returns the mapping in a YAML file, every scalar as the text that was written."""
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except FileNotFoundError:
@@ -278,7 +286,7 @@ def _read_recipe(path: str) -> dict:
 
 
 def recipe_fingerprint(path: str) -> str | None:
-    """The sha256 of a recipe's settings, whatever their order and the comments; None if it cannot be read any more."""
+    """Returns the sha256 of a recipe's settings, without their order and comments; None if it cannot be read."""
     try:
         return hashlib.sha256(json.dumps(_read_recipe(path), sort_keys=True).encode()).hexdigest()
     except (ValueError, OSError):
@@ -286,7 +294,7 @@ def recipe_fingerprint(path: str) -> str | None:
 
 
 def _convert(text, annotation, where: str):
-    """The value of type `annotation` that `text` spells; `where` names the option in the error."""
+    """Returns the value of type `annotation` that `text` spells; `where` names the option in an error."""
     choices = typing.get_args(annotation)
     if type(None) in choices:
         if isinstance(text, str) and text.lower() in ("", "~", "null", "none"):
@@ -305,7 +313,7 @@ def _convert(text, annotation, where: str):
 
 
 def _describe(annotation, separator: str = " or ") -> str:
-    """The type in words for an error, or with "|" as the placeholder that `--help` shows."""
+    """Returns the type in words for an error; with "|", the placeholder that `--help` shows."""
     choices = [choice for choice in typing.get_args(annotation) if choice is not type(None)]
     if typing.get_origin(annotation) is Literal:
         return separator.join(map(str, choices))

@@ -2,9 +2,10 @@
 
     output_dir/checkpoints/step-000040/     model.safetensors, optimizer.safetensors, state.json, manifest.json
 
-A checkpoint is written under a temporary name, forced to disk, described by a manifest of sha256 sums and renamed
-last, so that a folder named step-* was once whole; only then does an old one go. Tensors are read with safetensors,
-everything else is JSON: nothing is ever unpickled.
+A checkpoint is written in this order: its files go into a folder with a temporary name, a manifest lists the size and
+the sha256 of each, everything is forced to disk, and only then the folder gets its name. So a folder named step-* was
+whole at least once. Old checkpoints are removed after that. Tensors are safetensors and everything else is JSON:
+nothing is ever unpickled.
 """
 
 import hashlib
@@ -33,19 +34,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from training.run.folder import TEMPORARY, file_record, fsync, temporary_beside, write_durably
 from training.run.optim import parameter_names
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its step, its JSON state, and its tensors on demand."""
+    """A checkpoint on disk. `state` is what JSON holds of it; tensors are read on demand."""
 
     path: Path
     step: int
     state: dict
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of `stem`.safetensors by name, on CPU, mapped from the file: pages are read as they are used."""
+        """Returns the tensors of `stem`.safetensors by name, on the CPU. They are mapped from the file, so that a page
+        is read when it is used."""
         with safe_open(self.path / f"{stem}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
@@ -53,10 +53,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, under `folder` (output_dir/checkpoints); the newest `keep` sound ones stay, and
-    besides them the best one, where a run has one.
+    """The checkpoints of one run. One process writes them: the holder of the run's `RunLock`.
 
-    One process writes, the holder of the run's `RunLock`.
+    Args:
+        folder: output_dir/checkpoints.
+        keep: how many sound checkpoints stay, the newest ones; the best one stays besides.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2):
@@ -64,7 +65,7 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}: at least 1 checkpoint has to stay")
         self.folder = Path(folder)
         self.keep = keep
-        self._sound: set[Path] = set()  # written or verified by this process: not hashed a second time
+        self._sound: set[Path] = set()  # checkpoints that this process wrote or verified, and does not hash again
 
     def save(
         self,
@@ -74,16 +75,23 @@ class Checkpoints:
         external: dict[str, dict] | None = None,
         best: int | None = None,
     ) -> Path:
-        """Write checkpoint `step` and, once it stands, remove what `keep` no longer covers.
+        """Writes the checkpoint of a step, then removes the old ones that need not stay.
 
-        tensors: {"model": {name: tensor}, "optimizer": {...}, ...}, each a file of that name.
-        state: anything JSON holds.
-        external: immutable files that the checkpoint needs but does not contain, {path: {"size", "sha256"}} (see
-            `file_record`), absolute or relative to the run's folder; verified like its own.
-        best: the step of a checkpoint, this or an earlier one, that is not to be removed.
+        A sound checkpoint of this step is left alone, a damaged one is replaced.
 
-        A sound checkpoint of this step is left alone, a damaged one replaced. Raises OSError, in one line, when the
-        disk refuses; all earlier checkpoints are then as they were.
+        Args:
+            tensors: {"model": {name: tensor}, "optimizer": {...}, ...}; each becomes a file of that name.
+            state: anything that JSON can hold.
+            external: files that the checkpoint needs but does not contain, and that never change: {path: {"size",
+                "sha256"}} as from `file_record`, with a path that is absolute or relative to the run's folder. They
+                are verified like its own files.
+            best: the step of a checkpoint, this one or an earlier one, that stays.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            OSError: the disk refuses; the message is one line, and all earlier checkpoints are as they were.
         """
         final = self.path(step)
         if final.exists() and self._is_sound(final):
@@ -118,16 +126,16 @@ class Checkpoints:
                 "make room or choose another --output_dir, then repeat the command"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+            shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is no such folder
         self._sound.add(final)
         self._rotate(final, best)
         return final
 
     def newest_verified(self) -> tuple[Path | None, list[str]]:
-        """The newest sound checkpoint (None: there is none at all), and one line for each newer one passed over.
+        """Returns the newest sound checkpoint, None if there is no checkpoint, and a line on each damaged newer one.
 
-        Raises ValueError when there are checkpoints but every one is damaged: starting from zero in silence would
-        throw a run away.
+        Raises:
+            ValueError: there are checkpoints but all are damaged. To start again in silence would throw a run away.
         """
         skipped: list[str] = []
         for path in self._paths():
@@ -143,16 +151,16 @@ class Checkpoints:
         return None, skipped
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of this step is, if there is one."""
+        """Returns the folder of the checkpoint of this step, whether there is one or not."""
         return self.folder / f"step-{step:06d}"
 
     def load(self, path: Path) -> Checkpoint:
-        """Open a checkpoint that was verified."""
+        """Opens a checkpoint that was verified."""
         step = json.loads((path / "manifest.json").read_bytes())["content"]["step"]
         return Checkpoint(path, step, json.loads((path / "state.json").read_bytes()))
 
     def _paths(self) -> list[Path]:
-        """Step folders, newest first."""
+        """Returns the folders of checkpoints, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((p for p in found if re.fullmatch(r"step-\d{6,}", p.name)), key=_step_of, reverse=True)
 
@@ -162,8 +170,8 @@ class Checkpoints:
         return path in self._sound
 
     def _rotate(self, newest: Path, best: int | None) -> None:
-        """Keep `newest`, the next `keep - 1` sound ones, and that of step `best`. A damaged checkpoint is nothing to
-        fall back to, so it does not count and goes."""
+        """Keeps `newest`, the next `keep - 1` sound checkpoints and the one of step `best`, and removes the others. A
+        damaged checkpoint does not count, since no run can go on from it."""
         kept = [newest]
         for path in self._paths():
             if path not in kept and len(kept) < self.keep and self._is_sound(path):
@@ -172,7 +180,7 @@ class Checkpoints:
                 self._discard(path)
 
     def _discard(self, path: Path) -> None:
-        # Renamed first: a checkpoint deleted by half must not carry the name of a whole one.
+        # It is renamed first, since a half-deleted checkpoint must not have the name of a whole one.
         dead = temporary_beside(path)
         os.rename(path, dead)
         self._sound.discard(path)
@@ -180,28 +188,47 @@ class Checkpoints:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint in folder `path`, for a person to read; None if every sum agrees."""
-    name = "manifest.json"
+    """Verifies the checkpoint in the folder `path`.
+
+    Returns:
+        The first thing that is wrong, for a person to read; None if the manifest and every file that it lists are
+        whole.
+    """
     try:
-        sealed = (path / name).read_text()
-        content = json.loads(sealed)["content"]
-        if _sealed(content) != sealed or content["step"] != _step_of(path):
-            return "manifest.json is damaged"
-        own = {file: path / file for file in content["files"]}
-        external = {file: path.parent.parent / file for file in content["external"]}
-        expected = content["files"] | content["external"]
-        for name, file in (own | external).items():
-            if (size := file.stat().st_size) != expected[name]["size"]:
-                return f"{name} has {size} bytes instead of {expected[name]['size']} (a truncated file)"
-            if file_record(file)["sha256"] != expected[name]["sha256"]:
-                return f"{name} has the wrong sha256 (a damaged file)"
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{name} is missing"
+        manifest = _read_manifest(path)
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+        return _describe_unreadable("manifest.json", error)
+    if manifest is None:
         return "manifest.json is damaged"
+    run = path.parent.parent
+    listed = [(name, path / name, record) for name, record in manifest["files"].items()]
+    listed += [(name, run / name, record) for name, record in manifest["external"].items()]
+    for name, file, record in listed:
+        try:
+            if (size := file.stat().st_size) != record["size"]:
+                return f"{name} has {size} bytes instead of {record['size']} (a truncated file)"
+            if file_record(file)["sha256"] != record["sha256"]:
+                return f"{name} has the wrong sha256 (a damaged file)"
+        except OSError as error:
+            return _describe_unreadable(name, error)
     return None
+
+
+def _read_manifest(path: Path) -> dict | None:
+    """Returns the content of a checkpoint's manifest; None if it is damaged, or of a checkpoint of another step."""
+    try:
+        text = (path / "manifest.json").read_text()
+        content = json.loads(text)["content"]
+        is_whole = _sealed(content) == text and content["step"] == _step_of(path)
+        is_whole = is_whole and {"files", "external"} <= content.keys()
+    except (ValueError, KeyError, TypeError):
+        return None
+    return content if is_whole else None
+
+
+def _describe_unreadable(name: str, error: OSError) -> str:
+    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return f"{name} is missing" if is_missing else f"{name} cannot be read ({error.strerror})"
 
 
 def _step_of(path: Path) -> int:
@@ -209,14 +236,15 @@ def _step_of(path: Path) -> int:
 
 
 def _sealed(content: dict) -> str:
-    """JSON that carries its own sha256: the manifest vouches for every file, and this for the manifest."""
+    """Returns JSON with the content and the sha256 of the content. The manifest vouches for the other files, and this
+    sum for the manifest."""
     text = json.dumps(content, sort_keys=True)
     return json.dumps({"content": content, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. A tied weight is stored once, its other names in the header under "aliases"."""
-    names: dict[tuple, str] = {}  # memory -> the name it is stored under
+    """Writes a safetensors file. A tied weight is stored once; the header lists its other names under "aliases"."""
+    names: dict[tuple, str] = {}  # by memory, the name that it is stored under
     storages: set[int] = set()
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -227,11 +255,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             aliases[name] = names[memory]
             continue
         names[memory] = name
-        # safetensors refuses views that overlap (slices of one buffer): they get memory of their own.
+        # safetensors refuses tensors that share memory, such as slices of one buffer, so they are copied.
         stored[name] = (tensor.detach().clone() if storage in storages else tensor.detach()).contiguous()
         storages.add(storage)
     save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
     fsync(path)
 
 
@@ -239,9 +267,19 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def flatten_optimizer_state(state_dict: dict) -> tuple[dict[str, Tensor], dict]:
-    """Split a state dict keyed by parameter names, {"state": {name: {...}}, "param_groups": [...]}, into tensors
-    ("NAME.exp_avg") and the rest, which JSON keeps exactly: Python writes floats in full, and tuples are marked.
-    Raises ValueError for a value that JSON cannot hold."""
+    """Splits the state of optimizers into tensors and what JSON can hold.
+
+    JSON keeps it exactly: Python writes every digit of a float, and tuples are marked.
+
+    Args:
+        state_dict: {"state": {parameter name: {...}}, "param_groups": [...]}.
+
+    Returns:
+        The tensors by names such as "NAME.exp_avg", and the rest.
+
+    Raises:
+        ValueError: JSON cannot hold a value.
+    """
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict] = {}
     for name, entries in state_dict["state"].items():
@@ -252,7 +290,7 @@ def flatten_optimizer_state(state_dict: dict) -> tuple[dict[str, Tensor], dict]:
 
 
 def unflatten_optimizer_state(tensors: dict[str, Tensor], scalars: dict) -> dict:
-    """The inverse of `flatten_optimizer_state`."""
+    """Returns the state dict that `flatten_optimizer_state` split."""
     state = {name: {k: _from_json(value) for k, value in entries.items()} for name, entries in scalars["state"].items()}
     for flat_name, tensor in tensors.items():
         name, key = flat_name.rsplit(".", 1)
@@ -279,20 +317,22 @@ def _from_json(value):
 def gather_training_state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """Weights and optimizer state as full tensors on CPU, under the names of the bare model: what
-    `Checkpoints.save` takes as `tensors`, and a JSON part for its `state`.
+    """Gathers weights and optimizer state as full tensors on the CPU, under the names of the bare model.
 
-    The model may be plain, compiled, in DDP or sharded by FSDP2. Every process calls it; all but the first get empty
-    dicts. On CPU the tensors are the live ones: save before the next step.
+    Every process calls it. The model may be plain, compiled, in DDP or sharded by FSDP2. Where the model is on the CPU,
+    the tensors are those of the model itself, so they have to be saved before the next step.
+
+    Returns:
+        `tensors` and `state` as `Checkpoints.save` takes them; on all processes but the first, empty dicts.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
-    # torch runs a step on an optimizer that has no state, which leaves AdamW at step 1: such a one is left out.
+    # torch would run a step on an optimizer without state, and leave AdamW at step 1.
     stepped = [optimizer for optimizer in optimizers if optimizer.state]
     state = get_optimizer_state_dict(model, stepped, options=options) if stepped else {}
     if not weights:
         return {}, {}
-    for first, *others in parameter_names(model).values():  # gathering gave each name of a tied weight a copy
+    for first, *others in parameter_names(model).values():  # gathering has copied a tied weight for each of its names
         weights |= {name: weights[first] for name in others}
     moments, scalars = flatten_optimizer_state(state or {"state": {}, "param_groups": []})
     return {"model": weights, "optimizer": moments}, {"optimizer": scalars}
@@ -301,10 +341,15 @@ def gather_training_state(
 def restore_training_state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], checkpoint: Checkpoint | None
 ) -> None:
-    """Put what `gather_training_state` gave back, bit for bit, whatever the number of processes then and now.
+    """Puts weights and optimizer state back, bit for bit, whatever the number of processes then and now.
 
-    Every process calls it; only the first reads the checkpoint, the others may pass None. Without optimizers only the
-    weights are put back. Raises ValueError when the optimizers are not those that were saved.
+    Every process calls it. Only the first one reads the checkpoint; the others may pass None.
+
+    Args:
+        optimizers: those of the run; empty to put back only the weights.
+
+    Raises:
+        ValueError: the checkpoint was written with other groups of parameters.
     """
     distributed = dist.is_available() and dist.is_initialized()
     reads = not distributed or dist.get_rank() == 0
@@ -313,7 +358,8 @@ def restore_training_state(
     if not optimizers:
         return
     tensors = checkpoint.tensors("optimizer") if reads else {}
-    # Scalars, shapes and single numbers travel at once, then each tensor by itself: never a second copy of them all.
+    # Numbers and shapes are sent first, and then one tensor after the other, so that memory never holds all of them
+    # twice.
     outline = {name: tensor.to("meta") if tensor.dim() else tensor for name, tensor in tensors.items()}
     message = [(checkpoint.state["optimizer"], outline) if reads else None]
     if distributed:
@@ -330,8 +376,8 @@ def restore_training_state(
         if tensor.is_meta:
             outline[name] = _spread(tensors.get(name), tensor, parameters[name.rsplit(".", 1)[0]], distributed)
     saved = unflatten_optimizer_state(outline, scalars)
-    # Not torch's `set_optimizer_state_dict`: it takes a step to make state, so that a parameter which had no gradient
-    # yet comes back at step 1 (or is refused), hooks on `step` fire, and tuples among the options become lists.
+    # torch's `set_optimizer_state_dict` is no use here: it takes a step to make state, so a parameter that had no
+    # gradient yet comes back at step 1 (or is refused), hooks on `step` fire, and tuples in options become lists.
     saved_groups = zip(groups, saved["param_groups"], strict=True)
     for optimizer in optimizers:
         own = list(itertools.islice(saved_groups, len(optimizer.param_groups)))
@@ -344,11 +390,16 @@ def restore_training_state(
 
 
 def _spread(source: Tensor | None, outline: Tensor, parameter: Tensor, distributed: bool) -> Tensor:
-    """The first process's full tensor `source` on every process, sharded as its parameter is."""
+    """Returns the first process's full tensor on every process, sharded as its parameter is.
+
+    Args:
+        source: the tensor on the first process, None on the others.
+        outline: an empty tensor of its shape and type.
+    """
     if source is None:
         full = torch.empty_like(outline, device=parameter.device)
     else:
-        full = source.to(parameter.device, copy=True)  # a copy: `source` is mapped from a file that rotation removes
+        full = source.to(parameter.device, copy=True)  # `source` is mapped from a file that may be removed
     if isinstance(parameter, DTensor) and parameter.shape == full.shape:
         return distribute_tensor(full, parameter.device_mesh, parameter.placements)
     if distributed:

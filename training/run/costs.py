@@ -1,4 +1,4 @@
-"""What a run costs: time by the clock, time of the processors, and the energy that the machine itself counts."""
+"""What a run costs: time by the clock, time of the processors, and energy where the machine counts it."""
 
 import math
 import time
@@ -12,12 +12,15 @@ from accelerate import Accelerator
 
 from training.run.processes import sum_over_processes
 
-POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL's counters, Intel's and AMD's
+POWERCAP = Path("/sys/class/powercap")  # where Linux shows the energy counters (RAPL) of Intel and AMD
 
 
 @dataclass
 class EnergyCounter:
-    """What a counter, in joules, has risen by since this was made; it falls to 0 whenever it reaches `limit`."""
+    """How far a counter in joules has risen since this object was made.
+
+    The counter falls to 0 whenever it reaches `limit`.
+    """
 
     read: Callable[[], float]
     limit: float = math.inf
@@ -28,20 +31,20 @@ class EnergyCounter:
         self.last = self.read()
 
     def update(self):
-        """To be called more than once in the time that the counter takes to its limit, which is minutes."""
+        """Reads the counter. It reaches its limit within minutes, and has to be read more often than that."""
         now = self.read()
         self.joules += now - self.last if now >= self.last else now - self.last + self.limit
         self.last = now
 
 
 class Costs:
-    """What a run has cost so far, its earlier parts included, which are read from `progress` and written there:
+    """Counts what a run has cost, including its earlier parts. `progress`, which every checkpoint contains, has
 
-    seconds: by the clock.
-    processor_seconds: of all processes and what they started, such as the decoding of images; None for a run whose
-        earlier parts did not count them.
-    joules: of the "CPU" (whole processors of every machine, whatever else ran there) and the "GPU"s; None for what was
-        not counted all the time.
+    seconds: time by the clock.
+    processor_seconds: time of all processes and of those that they started, such as the decoders of images; None if an
+        earlier part of the run did not count it.
+    joules: energy of the "CPU" (the whole processors of every machine, whatever else ran there) and of the "GPU"s; None
+        if it was not counted all the time.
     """
 
     def __init__(self, accelerator: Accelerator, progress: dict):
@@ -54,7 +57,7 @@ class Costs:
             self.counters["GPU"] = [gpu_counter(accelerator.device)]
 
     def update(self):
-        """To be called at every step."""
+        """Reads the counters; the loop calls it at every step."""
         for counters in self.counters.values():
             for place, counter in enumerate(counters):
                 try:
@@ -64,7 +67,7 @@ class Costs:
                     counters[place] = None
 
     def write(self, progress: dict):
-        """Puts what the run has cost into `progress`; every process has to call it."""
+        """Writes what the run has cost into `progress`. Every process has to call it."""
         self.update()
         spent = [processor_seconds() - self.processor_began]
         spent += [sum(math.nan if c is None else c.joules for c in counters) for counters in self.counters.values()]
@@ -80,7 +83,7 @@ def _add(earlier: float | None, now: float) -> float | None:
 
 
 def processor_seconds() -> float:
-    """Time that processors have worked for this process and its children, those that have ended too."""
+    """Returns how long processors have worked for this process and its children, including those that have ended."""
     this = psutil.Process()
     own = this.cpu_times()
     total = own.user + own.system + own.children_user + own.children_system
@@ -94,7 +97,7 @@ def processor_seconds() -> float:
 
 
 def cpu_counters(folder: Path = POWERCAP) -> list[EnergyCounter]:
-    """A counter for each processor of this machine; none where the system has none or lets only its owner read them."""
+    """Returns a counter for each processor of this machine; none if there are none, or only root may read them."""
     counters = []
     for zone in sorted(folder.glob("intel-rapl:?*")):
         try:
@@ -107,19 +110,20 @@ def cpu_counters(folder: Path = POWERCAP) -> list[EnergyCounter]:
 
 
 def gpu_counter(device: torch.device) -> EnergyCounter | None:
-    """The counter of a GPU; None where NVIDIA's library is missing or does not know it."""
+    """Returns the counter of a GPU; None if NVIDIA's library is missing or has no counter for it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
         return EnergyCounter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
-    except Exception:  # whatever the library raises: a run does not end for it
+    except Exception:  # whatever the library raises, a run must not end because of it
         return None
 
 
 def measured_costs(progress: dict) -> dict:
-    """The costs under the names of eval_results.json: seconds, and kilowatt hours of what was counted all the time."""
+    """Returns the costs as eval_results.json names them: seconds, and kilowatt hours of what was counted all the
+    time."""
     energy = {name: round(joules / 3.6e6, 6) for name, joules in progress["joules"].items() if joules}
     times = {"wall_time_seconds": progress["seconds"], "processor_time_seconds": progress["processor_seconds"]}
     times = {name: round(value, 1) for name, value in times.items() if value is not None}

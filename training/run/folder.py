@@ -24,11 +24,11 @@ from training.run.processes import create_accelerator, on_main_process
 
 # ---- files that survive a crash: written beside their place, forced to disk, renamed ----
 
-TEMPORARY = ".tmp-"  # whatever begins so was left by a dead process and may go
+TEMPORARY = ".tmp-"  # how names of unfinished files begin; a dead process may have left them, and they can be removed
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:
-    """Write `path` so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
+    """Writes a file so that a reader sees the old content or the new one, never a part, after a crash too."""
     path = Path(path)
     temporary = temporary_beside(path)
     try:
@@ -41,10 +41,12 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
+    """Returns a new name in the same folder for what will become `path`."""
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 def write_durably(path: Path, data: str | bytes) -> None:
+    """Writes a file and forces it to disk."""
     with open(path, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
@@ -52,7 +54,7 @@ def write_durably(path: Path, data: str | bytes) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
+    """Forces a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,12 +63,12 @@ def fsync(path: Path) -> None:
 
 
 def text_of(path: Path) -> str | None:
-    """What is in a file of text; None where there is none."""
+    """Returns the text of a file; None if there is no such file."""
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def file_record(path: Path) -> dict:
-    """Size in bytes and sha256 of a file, as a manifest lists it."""
+    """Returns size in bytes and sha256 of a file, as a manifest lists it."""
     with open(path, "rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -102,12 +104,17 @@ def open_run(arguments_class: type[Arguments]) -> Iterator[tuple[Arguments, Acce
 
 
 class RunLock:
-    """Context manager: this process alone writes the run in `output_dir`; the folder is made if need be.
+    """A context manager in which this process alone writes the run in `output_dir`. The folder is made if need be.
 
-    A POSIX record lock: the kernel frees it when its holder dies, by kill -9 too, and forked data workers do not
-    inherit it. Closing any other descriptor of the file in the same process would also free it: do not open it.
-    Raises ValueError naming the holder, or saying that the folder cannot be written; `option` is what the user called
-    the folder by.
+    It is a POSIX record lock: the kernel frees it when its holder dies, even by kill -9, and forked data workers do not
+    inherit it. Closing any other descriptor of the file in the same process would free it too, so nothing else opens
+    the file.
+
+    Args:
+        option: what the user called the folder by, for messages.
+
+    Raises:
+        ValueError: another process holds the lock, and the message names it; or the folder cannot be written.
     """
 
     _held: set[Path] = set()
@@ -138,7 +145,7 @@ class RunLock:
                 f"{self.option} {self.output_dir} is being written by {holder} ({error.strerror}); wait for it or stop "
                 f"it, or choose another {self.option}"
             ) from error
-        with contextlib.suppress(OSError):  # a full disk: the name is a courtesy, the lock is held
+        with contextlib.suppress(OSError):  # on a full disk the lock is held all the same, without a name in it
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._held.add(self.output_dir)
@@ -172,9 +179,14 @@ def identify(args: RunArguments, model: nn.Module, fingerprint: str, **more: Any
 
 
 def check_identity(output_dir: Path | str, identity: dict) -> None:
-    """Make `output_dir` the run that `identity` (JSON) describes, or make sure that it already is.
+    """Writes into `output_dir` which run it holds, or makes sure that it holds this run already.
 
-    Raises ValueError naming each field that differs, or when the folder holds files that are not ours.
+    Args:
+        identity: from `identify`.
+
+    Raises:
+        ValueError: the folder holds another run, and the message names each field that differs; or it holds files that
+            are not a run's.
     """
     path = Path(output_dir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +198,7 @@ def check_identity(output_dir: Path | str, identity: dict) -> None:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; --restart moves this run aside and starts again") from error
     here = _flatten(json.loads(json.dumps(identity)))  # through JSON: a tuple is a list
-    if "mixed_precision" in here:  # which earlier versions did not write
+    if "mixed_precision" in here:  # earlier versions did not write it
         there.setdefault("mixed_precision", here["mixed_precision"])
     differences = [
         f"{field}: this run has {here.get(field, 'nothing')}, --output_dir holds {there.get(field, 'nothing')}"
@@ -201,12 +213,17 @@ def check_identity(output_dir: Path | str, identity: dict) -> None:
 
 
 def move_aside(output_dir: Path | str) -> Path | None:
-    """Rename a run's folder to NAME.old-1 (or the next free number) for --restart: nothing is deleted.
+    """Renames the folder of a run to NAME.old-1, or the next free number, for --restart. Nothing is deleted.
 
-    Takes the run's lock for the moment, so call it before holding that. Returns the new place, None if there was no
-    run. Raises ValueError when a live process writes the run, or when the folder holds files that are not ours.
+    It takes the run's lock itself, so the caller must not hold it.
+
+    Returns:
+        The new path; None if there was no run.
+
+    Raises:
+        ValueError: a live process writes the run, or the folder holds files that are not a run's.
     """
-    folder = Path(output_dir).resolve()  # of a symbolic link, what it points to is moved
+    folder = Path(output_dir).resolve()  # if it is a symbolic link, its target is moved
     if not folder.is_dir() or not _holds_run(folder):
         return None
     number = 1
@@ -224,7 +241,8 @@ def move_aside(output_dir: Path | str) -> Path | None:
 
 
 def _holds_run(folder: Path) -> bool:
-    """Whether a run is in `folder`; False if it is empty but for a lock and leftovers. Raises on anything else."""
+    """Returns whether the folder holds a run. A lock and unfinished files do not count. Raises ValueError if there are
+    other files and no run."""
     names = {name for name in os.listdir(folder) if name != ".lock" and not name.startswith(TEMPORARY)}
     if names and "run.json" not in names:
         raise ValueError(
@@ -235,7 +253,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _flatten(nested: dict, prefix: str = "") -> dict:
-    """{"model": {"layers": 2}} -> {"model.layers": 2}."""
+    """Returns {"model.layers": 2} from {"model": {"layers": 2}}."""
     flat = {}
     for key, value in nested.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

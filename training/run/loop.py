@@ -245,9 +245,10 @@ def train(
 def accumulate_gradients(
     args, accelerator, model, forward, data: TrainingData, step: int, shares: list[range], augment=None
 ) -> tuple[list[Tensor], float]:
-    """The gradient of the whole global batch, by one forward and backward pass for each of this process's shares.
+    """Computes the gradient of the whole global batch, by a forward and a backward pass for each share of this process.
 
-    Returns each pass's part of the loss, and how many units the global batch has.
+    Returns:
+        The part of the loss of each pass, and the number of units in the global batch.
     """
     batches = [data.batch(step, positions) for positions in shares]
     num_items, num_units = count(accelerator, data, batches)
@@ -259,18 +260,18 @@ def accumulate_gradients(
             batch = move(batch, accelerator.device, augment)
             try:
                 loss = forward(**batch, num_items_in_batch=num_items).loss
-            except ValueError as error:  # a detector matches nothing to a box that is not finite, and names the image
+            except ValueError as error:  # a detector refuses a box that is not finite, and names the image
                 where = f"positions {shares[number].start}..{shares[number].stop - 1} of its global batch"
                 print_error(f"step {step + 1}, {where}: {one_line(error)}; nothing was saved")
                 raise SystemExit(3) from error
-            # Processes average their gradients, and the loss is a sum over the global batch.
+            # The loss is a sum over the global batch, but processes average their gradients.
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return losses, num_units
 
 
 def move(batch: dict[str, Any], device: torch.device, augment=None) -> dict[str, Any]:
-    """The batch on the device, as the model takes it; its values are tensors, or lists and dicts of tensors."""
+    """Returns the batch on the device, as the model takes it. Its values are tensors, or lists and dicts of tensors."""
     batch = send_to_device(batch, device, non_blocking=True)
     return augment(batch) if augment else batch
 
@@ -278,13 +279,17 @@ def move(batch: dict[str, Any], device: torch.device, augment=None) -> dict[str,
 def count(
     accelerator: Accelerator, data: TrainingData, batches: list[dict[str, Any]]
 ) -> tuple[Tensor | dict[str, Tensor], float]:
-    """What to divide the loss by, each term of it where it has several, and the number of units: of all batches of all
-    processes. A term that nothing was counted for is 0, and is divided by 1."""
+    """Counts what the batches of all processes contain.
+
+    Returns:
+        What to divide the loss by, or each of its terms if there are several, and the number of units. A term for which
+        nothing was counted is 0, and is divided by 1.
+    """
     counts = [data.num_items(batch) for batch in batches]
     terms = [items if isinstance(items, dict) else {"loss": items} for items in counts]
     sums = [sum(items[name] for items in terms) for name in terms[0]]
     *sums, num_units = sum_over_processes(accelerator, [*sums, sum(data.num_units(batch) for batch in batches)])
-    # Tensors, so that a compiled model is not compiled again for every number.
+    # They are tensors, since a compiled model would be compiled again for every new number.
     divisors = [torch.tensor(total or 1.0, dtype=torch.float32, device=accelerator.device) for total in sums]
     named = dict(zip(terms[0], divisors, strict=True))
     return named if isinstance(counts[0], dict) else named["loss"], num_units
@@ -293,9 +298,12 @@ def count(
 def settle_buckets(
     accelerator: Accelerator, model: DistributedDataParallel, data: TrainingData, batch: dict, augment=None
 ):
-    """A backward pass for nothing, before the first step. After its first one DDP lays the gradients out anew, and
-    among more than two processes their place decides the order of additions: without this, the first step after a
-    resume would differ from the same step of an uninterrupted run in the last bits."""
+    """Does a backward pass whose gradient is thrown away, before the first step.
+
+    After its first backward pass DDP arranges the gradients in memory anew, and with more than two processes the
+    arrangement decides the order of additions. Without this pass, the first step after a resume would differ in the
+    last bits from the same step of an uninterrupted run.
+    """
     num_items, _ = count(accelerator, data, [batch])
     batch = move(batch, accelerator.device, augment)
     accelerator.backward(model(**batch, num_items_in_batch=num_items).loss * 0)
@@ -303,7 +311,7 @@ def settle_buckets(
 
 
 def refuse_non_finite(accelerator, args, step, shares, losses):
-    """Ends every process, naming the step, and the samples if it is their loss that is infinite or not a number."""
+    """Ends every process. The message names the step, and the samples whose loss is infinite or not a number."""
     bad = [positions for positions, loss in zip(shares, losses, strict=True) if not math.isfinite(loss)]
     bad = gather_object([f"{positions.start}..{positions.stop - 1}" for positions in bad])
     what = f"loss of step {step + 1} is not finite, from positions {', '.join(bad)} of its global batch"

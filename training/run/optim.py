@@ -1,6 +1,6 @@
-"""What moves the weights: parameter groups, AdamW and Muon, learning-rate schedules, a moving average.
+"""Optimization: parameter groups, AdamW and Muon, learning-rate schedules, a moving average of the weights.
 
-All of it works on whole parameters and on the shards (`DTensor`) that FSDP2 leaves on each process.
+Everything works on whole parameters and on the shards (`DTensor`) that FSDP2 leaves on each process.
 """
 
 import math
@@ -21,8 +21,10 @@ IN_STEM = re.compile(r"(^|\.)stem\.\d+\.")  # the convolutions before a ViT's pa
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter's names in the bare model, as in a checkpoint: wrappers (DDP, torch.compile, activation
-    checkpointing) leave nothing in them. A tied weight has several. The order is the model's."""
+    """Returns the names of each parameter in the bare model, as in a checkpoint, in the order of the model.
+
+    Wrappers (DDP, torch.compile, activation checkpointing) leave nothing in the names. A tied weight has several.
+    """
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     names: dict[nn.Parameter, list[str]] = {}
@@ -32,19 +34,23 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters, each tied one once, by their first name in the bare model."""
+    """Returns the trainable parameters by their first name in the bare model; a tied weight occurs once."""
     return {names[0]: parameter for parameter, names in parameter_names(model).items() if parameter.requires_grad}
 
 
 def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:
-    """What to multiply the learning rate of each parameter by, so that the layers nearer to the data, whose features
-    are the more general, change less in fine-tuning (Howard & Ruder 2018, section 3.2).
+    """Returns a factor of the learning rate for each parameter.
 
-    The last depth has 1: what comes after the layers, as the final norm, the heads and an autoencoder's whole decoder.
-    Each `layers.i.` has `layer_decay` times the scale of the layer above it, and what comes before the layers, the
-    embeddings, once more.
+    With these factors, layers nearer to the data change less in fine-tuning, since their features are more general
+    (Howard & Ruder 2018, section 3.2). What comes after the layers (the final norm, the heads, the whole decoder of an
+    autoencoder) has 1. Each `layers.i.` has `layer_decay` times the factor of the layer above it, and what comes before
+    the layers, the embeddings, has `layer_decay` times the factor of the first layer.
 
-    names: of all parameters, frozen ones too, in the order of the model. Raises ValueError if none is in a layer.
+    Args:
+        names: of all parameters, also of frozen ones, in the order of the model.
+
+    Raises:
+        ValueError: no parameter is in a layer, and `layer_decay` is not 1.
     """
     found = [None if name.startswith("decoder.") else IN_LAYER.search(name) for name in names]
     layers = [None if place is None else int(place[2]) for place in found]
@@ -55,15 +61,20 @@ def layer_scales(names: list[str], layer_decay: float) -> dict[str, float]:
     scales, depth = {}, 0
     for name, number in zip(names, layers, strict=True):
         if number is not None:
-            depth = num_layers + 1  # of what follows the layers
+            depth = num_layers + 1  # the depth of what follows the layers
         scales[name] = layer_decay ** (num_layers + 1 - (depth if number is None else number + 1))
     return scales
 
 
 def module_scales(names: list[str], scales: dict[str, float]) -> dict[str, float]:
-    """What to multiply the learning rate of each parameter by, from that of modules by their names; 1 in none of them.
+    """Returns a factor of the learning rate for each parameter.
 
-    names: of all parameters, frozen ones too. Raises ValueError naming a module without a parameter.
+    Args:
+        names: of all parameters, also of frozen ones.
+        scales: the factors of modules, by their names. A parameter outside of them has the factor 1.
+
+    Raises:
+        ValueError: a module has no parameter; the message names it.
     """
     found = {name: 1.0 for name in names}
     for module, scale in scales.items():
@@ -76,9 +87,9 @@ def module_scales(names: list[str], scales: dict[str, float]) -> dict[str, float
 def parameter_groups(
     parameters: dict[str, nn.Parameter], weight_decay: float, learning_rate: float, scales: dict[str, float]
 ) -> list[dict]:
-    """One group that decays, the matrices (embeddings among them), and one that does not: biases and norms' gains.
-    Those set a scale or an offset that a pull to zero only disturbs. Where the learning rate is scaled, one of each
-    for every scale. Order follows the model."""
+    """Returns the groups of an optimizer: a group of matrices, including embeddings, with weight decay, and a group of
+    biases and gains of norms without. A gain or a bias sets a scale or an offset, and a pull to zero only disturbs it.
+    There are two such groups for each factor of the learning rate. The order follows the model."""
     groups: dict[tuple, dict] = {}
     for is_matrix in (True, False):
         options = {"weight_decay": weight_decay if is_matrix else 0.0}
@@ -100,15 +111,21 @@ def create_optimizers(
     layer_decay: float = 1.0,
     rate_scales: dict[str, float] | None = None,
 ) -> list[Optimizer]:
-    """The optimizers that together hold every trainable parameter of `model` exactly once.
+    """Returns the optimizers that together hold every trainable parameter of `model` exactly once.
 
-    "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the repeated blocks
-    (`layers.0.`, `layers.1.`, ...) and on the filters of a ViT's stem (`stem.0.`, ...), never the embeddings or the
-    head, and AdamW on the rest, the filters of a detector's backbone too; Muon's updates are scaled so that
-    `learning_rate` fits both, unless `matrix_learning_rate` gives the matrices their own.
-    `layer_decay` makes the rates smaller towards the embeddings, see `layer_scales`; `rate_scales` multiplies those of
-    whole modules, as {"model.backbone": 0.1}.
-    Each group keeps its peak rate as "initial_lr", for the schedule to multiply.
+    Each group keeps its peak learning rate as "initial_lr", which the schedule multiplies.
+
+    Args:
+        optimizer: "adamw" is one fused AdamW (Loshchilov & Hutter 2019). "muon" is `Muon` on the matrices inside the
+            repeated blocks (`layers.0.`, `layers.1.`, ...) and on the filters of a ViT's stem (`stem.0.`, ...), and
+            AdamW on everything else, which includes embeddings, heads and the filters of a detector's backbone.
+        matrix_learning_rate: Muon's learning rate. None: `learning_rate`, since Muon's updates are scaled to the size
+            of AdamW's.
+        layer_decay: makes the rates smaller towards the embeddings, see `layer_scales`.
+        rate_scales: factors of the rates of whole modules, such as {"model.backbone": 0.1}.
+
+    Raises:
+        ValueError: nothing is trainable, or an option finds no parameter that it is for.
     """
     parameters = named_parameters(model)
     if not parameters:
@@ -144,16 +161,16 @@ def create_optimizers(
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024), exact on shards and fast on CPU, with AdamW-sized updates.
+    """Muon (Jordan et al. 2024), exact on shards and fast on a CPU, with updates of AdamW's size.
 
-    The filters of a convolution are the rows of a matrix here. An update's root mean square is 0.2, like AdamW's (Liu
+    The filters of a convolution are the rows of a matrix. An update has a root mean square of 0.2, as AdamW's has (Liu
     et al. 2025, "Muon is scalable for LLM training", section 2.2), so one learning rate serves both.
 
-    `torch.optim.Muon` orthogonalises in bfloat16, which a CPU without the instructions for it does up to a hundred
-    times slower than in float32, and on an FSDP2 shard the rounding of its partial products moves the result by
-    percents; nor does it take convolutions. Here a sharded update is gathered first, all matrices of one shape are
-    orthogonalised in one batch, by every process for itself (five small products a matrix: little beside a step on
-    thousands of tokens), and each process keeps its own rows.
+    `torch.optim.Muon` takes no convolutions and orthogonalises in bfloat16. A CPU without instructions for bfloat16
+    does that up to a hundred times slower than in float32, and on shards of FSDP2 the rounding of partial products
+    changes the result by percents. Here a sharded update is gathered first, and every process orthogonalises all
+    matrices of one shape in one batch and keeps its own rows. That is five small products for each matrix, which is
+    little beside a step on thousands of tokens.
     """
 
     def __init__(self, params, lr: float, weight_decay: float):
@@ -181,7 +198,7 @@ class Muon(Optimizer):
         return loss
 
     def _momentum(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
-        """Nesterov's look-ahead: the gradient, moved towards its running mean after that took the gradient in."""
+        """Returns Nesterov's look-ahead: updates the running mean, and moves the gradient towards it."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
@@ -190,18 +207,22 @@ class Muon(Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, epsilon: float) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrix U V^T to each U S V^T, roughly: singular values end between 0.7 and 1.2.
+    """Returns roughly the nearest (semi-)orthogonal matrix U V^T to each matrix U S V^T: singular values end between
+    0.7 and 1.2.
 
-    A quintic Newton-Schulz iteration (Jordan et al. 2024), its coefficients chosen to lift small singular values
-    fast rather than to converge. matrices: (matrices, rows, columns); bfloat16 on CUDA, where it is accurate enough.
+    It is a quintic Newton-Schulz iteration (Jordan et al. 2024), whose coefficients lift small singular values fast
+    instead of converging. On CUDA it works in bfloat16, where that is accurate enough.
+
+    Args:
+        matrices: (matrices, rows, columns).
     """
     X = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
     is_tall = X.size(-2) > X.size(-1)
     if is_tall:
-        X = X.mT  # the Gram matrix of the shorter side is the smaller one
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=epsilon)  # Frobenius norm 1, so no singular value above 1
+        X = X.mT  # so that the Gram matrix is that of the shorter side, which is smaller
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=epsilon)  # with Frobenius norm 1 no singular value exceeds 1
     if X.dtype == torch.float32 and X.size(-1) >= 2 * X.size(-2):
-        for first in range(0, num_iterations, 3):  # beyond three in a row, rounding would grow in small singular values
+        for first in range(0, num_iterations, 3):  # with more in a row, rounding would grow in small singular values
             X = _polynomials(X @ X.mT, coefficients, min(3, num_iterations - first)) @ X
     else:
         a, b, c = coefficients
@@ -212,8 +233,10 @@ def orthogonalise(matrices: torch.Tensor, coefficients, num_iterations: int, eps
 
 
 def _polynomials(A: torch.Tensor, coefficients, num_iterations: int) -> torch.Tensor:
-    """What the iterations multiply X by, from A = X X^T alone: each turns X into P X, P = a I + b A + c A^2, and so A
-    into P A P. Long matrices are then touched twice in all, not twice an iteration; in bfloat16 A is too coarse for it.
+    """Returns what several iterations multiply X by, from A = X X^T alone.
+
+    An iteration turns X into P X with P = a I + b A + c A^2, and so turns A into P A P. A long X is then touched only
+    twice, instead of twice in each iteration. In bfloat16, A would be too coarse for that.
     """
     a, b, c = coefficients
     product = None
@@ -231,7 +254,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shard_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """This process's part of `whole`, which all processes hold: nothing is sent (`src_data_rank=None`)."""
+    """Returns this process's part of `whole`. All processes hold `whole`, so nothing is sent (`src_data_rank=None`)."""
     if not isinstance(other, DTensor):
         return whole
     return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
@@ -240,11 +263,11 @@ def _shard_like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def learning_rate_factor(
     step: int, *, schedule: str, max_steps: int, warmup_steps: int, cooldown_steps: int = 0, final: float = 0.1
 ) -> float:
-    """What to multiply the peak learning rate by in `step`, counted from 0. A pure function: resuming needs no state.
+    """Returns the factor of the peak learning rate in a step, counted from 0. It needs no state to resume.
 
-    Linear warm-up, then "cosine" (Loshchilov & Hutter 2017) or "linear" down to `final`; or "constant", and over the
-    last `cooldown_steps` down to zero as 1 - sqrt (Hägele et al. 2024, which beats a straight line). No step before
-    `max_steps` has a factor of 0 from the warm-up or the cooldown: it would be wasted.
+    After a linear warm-up, "cosine" (Loshchilov & Hutter 2017) and "linear" fall to `final`. "constant" stays at 1, and
+    falls to zero over the last `cooldown_steps` as 1 - sqrt, which beats a straight line (Hägele et al. 2024). Warm-up
+    and cooldown leave out their factor of 0, which would waste a step.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -276,11 +299,11 @@ def set_learning_rate(args: RunArguments, optimizers: list[Optimizer], step: int
 
 
 class EMA:
-    """An exponential moving average of the trainable weights, which often evaluates better than the last ones.
+    """An exponential moving average of the trainable weights, which often evaluates better than the last weights.
 
-    Make it after `accelerator.prepare`, which moves or shards the parameters: it keeps a copy beside each, in the
-    same type and layout. The weights have to be float32 (as in training they are): in bfloat16 a small step towards
-    them is lost to rounding.
+    It has to be made after `accelerator.prepare`, which moves or shards the parameters, since it keeps a copy of each
+    in the same type and layout. The weights have to be float32, as they are in training: in bfloat16 a small step
+    towards them would be lost to rounding.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -290,15 +313,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int):
-        """Takes in the weights after `step` (counted from 0). Early steps weigh more, or the average would remember
-        the initial weights for a long time: the decay is at most (1 + step) / (10 + step)."""
+        """Takes in the weights after `step` (counted from 0).
+
+        The decay is at most (1 + step) / (10 + step): early steps weigh more, since otherwise the average would
+        remember the initial weights for a long time.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, parameters = self.averages.values(), self.parameters.values()
         torch._foreach_lerp_([_local(a) for a in averages], [_local(p) for p in parameters], 1 - decay)
 
     @contextmanager
     def swap(self):
-        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
+        """In the block the model has the averaged weights, and afterwards its own weights again, bit for bit."""
         self.move_into_model()
         try:
             yield
@@ -307,10 +333,10 @@ class EMA:
 
     @torch.no_grad()
     def move_into_model(self):
-        """Exchanges the averages and the model's weights; once more, and each is back in its place."""
+        """Exchanges the averages and the weights of the model. A second call puts both back."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward without backward leaves gathered weights behind, that would be used again
+                module.reshard()  # a forward without backward leaves gathered weights, which would be used again
         for name, parameter in self.parameters.items():
             mine, other = _local(parameter), _local(self.averages[name])
             kept = mine.clone()
@@ -318,12 +344,13 @@ class EMA:
             other.copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by parameter name, whole, on the CPU. Shards are gathered, so every process has to call this."""
+        """Returns the whole averages by parameter name, on the CPU. Every process has to call it: it gathers shards."""
         return {name: _whole(average).cpu() for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        """Restores `state_dict`, in any layout of processes. Raises ValueError if names or shapes differ."""
+        """Restores what `state_dict` returned, in any layout of processes. Raises ValueError if names or shapes
+        differ."""
         for name in sorted(state.keys() ^ self.averages.keys()):
             raise ValueError(f"moving average: {name} is only in the {'checkpoint' if name in state else 'model'}")
         for name, average in self.averages.items():
@@ -333,5 +360,5 @@ class EMA:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of this process behind a parameter, sharded or whole."""
+    """Returns this process's part of a parameter, which may be sharded or whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,20 +18,20 @@ from training.run.arguments import RunArguments, one_line
 
 Batch = TypeVar("Batch")
 
-LAUNCHER = os.getppid()  # read at the start, so that its end is noticed whenever it comes
+LAUNCHER = os.getppid()  # read at the start, so that the end of the launcher is noticed whenever it comes
 IS_LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch` for its children
 
-# Were DDP the last owner of a gloo group, it would join the group's threads while it holds Python's lock, which they
-# may be waiting for, and the process would hang at its end. So another reference is kept here.
+# Keeps process groups alive. If DDP were the last owner of a gloo group, it would join the group's threads while it
+# holds Python's lock; the threads may wait for that lock, and the process would hang at its end.
 process_groups: list[dist.ProcessGroup] = []
 
 
 def create_accelerator(args: RunArguments) -> Accelerator:
-    """The processes and devices that `accelerate launch` configured.
+    """Returns the processes and devices that `accelerate launch` configured.
 
     Raises:
-        ValueError: a configuration under which the promises of `training.run.loop` cannot hold, or a global batch that
-            does not divide.
+        ValueError: the promises of `training.run.loop` cannot hold under this configuration, or the global batch does
+            not divide by the processes.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -40,18 +40,18 @@ def create_accelerator(args: RunArguments) -> Accelerator:
                 "use FSDP2, as in training/launch/fsdp2.yaml"
             )
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes would each train alone
+        cpu=not torch.accelerator.is_available(),  # otherwise several processes would each train alone
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
-    accelerator.wait_for_everyone()  # none is still connecting when another one refuses
+    accelerator.wait_for_everyone()  # so that no process is still connecting when another one refuses
     if dist.is_initialized():
         process_groups.append(dist.group.WORLD)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate takes FSDP up on accelerators only and would train with DDP here, without a word.
+        # On CPUs, accelerate would train with DDP instead of FSDP and not say so.
         accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # it reads the launcher's environment
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2, as in training/launch/fsdp2.yaml")
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
@@ -72,17 +72,21 @@ def create_accelerator(args: RunArguments) -> Accelerator:
 
 
 def keep_inputs(model: FSDPModule):
-    """Leaves what the whole model is given in float32. FSDP2's mixed precision rounds all that a module is given to
-    bfloat16: right for the activations of a block, wrong for boxes and for what the loss is divided by."""
-    state = model._get_fsdp_state()  # there is no public way for one module
+    """Keeps the inputs of the whole model in float32.
+
+    FSDP2's mixed precision rounds all inputs of a module to bfloat16. That is right for the activations of a block, but
+    wrong for boxes and for what the loss is divided by.
+    """
+    state = model._get_fsdp_state()  # there is no public way to change this for one module
     state._mp_policy = replace(state._mp_policy, cast_forward_inputs=False)
 
 
 def micro_batches(args: RunArguments, rank: int, num_processes: int) -> list[range]:
-    """The positions of the global batch that this process works on, one range per forward pass.
+    """Returns the positions of the global batch that this process works on, one range for each forward pass.
 
     Raises:
-        ValueError: the global batch does not divide by the processes, or a process's share by the micro-batch.
+        ValueError: the global batch does not divide by the processes, or a process's share does not divide by the
+            micro-batch.
     """
     share, rest = divmod(args.global_batch_size, num_processes)
     if rest:
@@ -98,21 +102,26 @@ def micro_batches(args: RunArguments, rank: int, num_processes: int) -> list[ran
 
 
 def use_all_cores():
-    """Divides the cores among this machine's processes. `accelerate launch` gives each process a single thread unless
-    `--num_cpu_threads_per_process` says otherwise; another number is left alone."""
+    """Divides the cores among the processes of this machine.
+
+    `accelerate launch` gives each process one thread unless `--num_cpu_threads_per_process` says otherwise; a number
+    other than 1 is kept.
+    """
     if os.environ.get("OMP_NUM_THREADS") == "1" and IS_LAUNCHED:
         cores = psutil.cpu_count(logical=False) or os.cpu_count()
         if hasattr(os, "sched_getaffinity"):
-            cores = min(cores, len(os.sched_getaffinity(0)))  # of those this job may use
+            cores = min(cores, len(os.sched_getaffinity(0)))  # the cores that this job may use
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def speed_up_cpu_matmul() -> bool:
-    """Lets oneDNN do float32 matrix products, which on CPUs with AVX-512 is twice as fast as the default library; with
-    AVX2 alone it is slower by a tenth, and left out.
+    """Lets oneDNN compute float32 matrix products, if that is faster and as exact.
 
-    Where the CPU has bfloat16 matrix units the same setting would round to bfloat16, so it is kept only if a product
-    stays as exact as before. Returns whether it was kept.
+    On CPUs with AVX-512, oneDNN is twice as fast as the default library; with AVX2 alone it is a tenth slower. On CPUs
+    with matrix units for bfloat16 the same setting would round to bfloat16, so a product is compared first.
+
+    Returns:
+        Whether oneDNN is used.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
@@ -128,8 +137,8 @@ def speed_up_cpu_matmul() -> bool:
 
 
 def fastest_attention(device: str) -> str:
-    """To train with: on CPUs with AVX-512 the plain products are up to 1.6x as fast as the fused kernel, and on those
-    with AVX2 up to 5 % slower."""
+    """Returns the attention backend that trains fastest. On CPUs with AVX-512 plain matrix products are up to 1.6 times
+    as fast as the fused kernel; on CPUs with AVX2 they are up to 5 % slower."""
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return "eager" if device == "cpu" and has_avx512 else "sdpa"
 
@@ -140,10 +149,10 @@ def is_local_main_process() -> bool:
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Calls `action` on the main process, and gives every process what it returns.
+    """Calls `action` on the main process, and returns its result on every process.
 
     Raises:
-        ValueError: `action` raised ValueError or OSError; on every process, so that all of them stop.
+        ValueError: `action` raised ValueError or OSError. Every process raises it, so that all of them stop.
     """
     result = error = None
     if accelerator.is_main_process:
@@ -158,15 +167,18 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
 
 
 def take_turns(accelerator: Accelerator, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """This process's share of evaluation batches, every n-th, each with whether it counts. A process without a batch in
-    the last turn runs another's, which does not count: under FSDP all must run."""
+    """Yields every n-th of the evaluation batches, where n is the number of processes, and whether the batch counts.
+
+    If the last turn has too few batches, a process gets the batch of another one, which does not count: under FSDP all
+    processes have to run.
+    """
     batches, rank = iter(batches), accelerator.process_index
     while turn := list(islice(batches, accelerator.num_processes)):
         yield turn[min(rank, len(turn) - 1)], rank < len(turn)
 
 
 def sum_over_processes(accelerator: Accelerator, values: list) -> list[float]:
-    """Each value summed over all processes, as Python numbers."""
+    """Returns the sum of each value over all processes, as Python numbers."""
     if accelerator.num_processes > 1:
         values = [torch.as_tensor(value, dtype=torch.float64, device=accelerator.device) for value in values]
         values = reduce(torch.stack(values), reduction="sum").tolist()
@@ -174,9 +186,9 @@ def sum_over_processes(accelerator: Accelerator, values: list) -> list[float]:
 
 
 class StopRequest:
-    """Whether to save and stop: after SIGTERM or Ctrl-C, or when the launcher that started this process is gone.
+    """Is true when the run has to save and stop: after SIGTERM or Ctrl-C, or when the launcher of this process is gone.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. `reason` says in words why to stop.
     """
 
     def __init__(self):
@@ -194,5 +206,6 @@ class StopRequest:
         return self.reason is not None
 
     def close(self):
+        """Restores the handlers of the signals."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a run goes on from, the newest sound checkpoint, and what it ends with: the weights of its best evaluation."""
+"""How a run begins, from its newest sound checkpoint, and how it ends, with the weights of its best evaluation."""
 
 import math
 from typing import Any
@@ -14,7 +14,11 @@ from training.run.processes import on_main_process
 def resume(
     accelerator, args, checkpoints: Checkpoints, model, optimizers, ema: EMA | None, monitor: str | None
 ) -> dict[str, Any]:
-    """Loads the newest sound checkpoint on every process; returns the progress that it holds, or a fresh one."""
+    """Loads the newest sound checkpoint on every process.
+
+    Returns:
+        `progress`, what JSON holds of the state of a run: from the checkpoint, or fresh if there is none.
+    """
     best = {"monitor": monitor, "step": None, "value": None, "results": {}, "num_worse": 0}
     progress = {"step": 0, "evaluated_step": 0, "best": best}
     progress |= {"seconds": 0.0, "processor_seconds": 0.0, "joules": {"CPU": 0.0, "GPU": 0.0}}  # see Costs
@@ -25,7 +29,7 @@ def resume(
         # Earlier versions did not count these costs, and evaluated a step before they saved it.
         progress |= {"processor_seconds": None, "joules": {"CPU": None, "GPU": None}, "evaluated_step": checkpoint.step}
         progress |= checkpoint.state["progress"]
-        if progress["best"]["monitor"] != monitor:  # what was best by another measure is no match for this one
+        if progress["best"]["monitor"] != monitor:  # the best by another measure says nothing about this one
             progress["best"] = best
         if progress["best"]["step"] not in (None, progress["step"]):
             forget_lost_best(accelerator, checkpoints, progress["best"])
@@ -33,17 +37,17 @@ def resume(
 
 
 def restore(accelerator, checkpoint: Checkpoint, model, optimizers: list, ema: EMA | None):
-    """Puts weights, average and optimizers (if any are given) back to where the checkpoint has them."""
+    """Restores weights, moving average and optimizers, if any are given, from a checkpoint."""
     restore_training_state(model, optimizers, checkpoint)
     if ema:
         ema.load_state_dict(on_main_process(accelerator, lambda: checkpoint.tensors("ema")))
 
 
 def newest_checkpoint(args: RunArguments, checkpoints: Checkpoints) -> Checkpoint | None:
-    """The newest sound checkpoint, after saying which were passed over; None if there is none at all.
+    """Returns the newest sound checkpoint, and prints which damaged ones were skipped; None if there is none at all.
 
     Raises:
-        ValueError: there are checkpoints but all are damaged, or `max_steps` is not one this run can still have.
+        ValueError: there are checkpoints but all are damaged, or the run can no longer end at `max_steps`.
     """
     path, skipped = checkpoints.newest_verified()
     for line in skipped:
@@ -68,10 +72,11 @@ def newest_checkpoint(args: RunArguments, checkpoints: Checkpoints) -> Checkpoin
 
 
 def compare_with_best(best: dict[str, Any], step: int, results: dict[str, Any]):
-    """Makes this evaluation the best one if it is better, or else one more that was not.
+    """Makes this evaluation the best one if it is better than the best so far, and otherwise counts it as no better.
 
-    best: `progress["best"]`, which travels in every checkpoint: the step, value and results of the best evaluation so
-        far, and how many in a row have been no better since.
+    Args:
+        best: `progress["best"]`, which every checkpoint contains: step, value and results of the best evaluation so
+            far, and how many evaluations in a row have been no better since.
     """
     monitor = best["monitor"]
     with user_errors():
@@ -85,8 +90,8 @@ def compare_with_best(best: dict[str, Any], step: int, results: dict[str, Any]):
 
 
 def forget_lost_best(accelerator: Accelerator, checkpoints: Checkpoints, best: dict[str, Any]):
-    """Says so if the best checkpoint is damaged or gone, and lets another evaluation take its place; patience
-    begins anew."""
+    """Checks the best checkpoint. If it is damaged or gone, this is printed, the next evaluation counts as the best,
+    and patience begins anew."""
     path = checkpoints.path(best["step"])
     if damage := on_main_process(accelerator, lambda: find_damage(path)):
         accelerator.print(f"lost the best weights so far, those of {path.name}: {damage}")
@@ -94,8 +99,10 @@ def forget_lost_best(accelerator: Accelerator, checkpoints: Checkpoints, best: d
 
 
 def return_to_best(accelerator, args, checkpoints: Checkpoints, progress, model, ema: EMA | None) -> dict[str, Any]:
-    """Gives model and average the weights of the best evaluation, and returns its results; without one that still
-    stands, says so, leaves the last weights, and returns nothing."""
+    """Gives the model and its average the weights of the best evaluation, and returns the results of that.
+
+    If its checkpoint is damaged or gone, this is printed, the last weights stay, and nothing is returned.
+    """
     best, step, monitor = progress["best"], progress["step"], progress["best"]["monitor"]
     if step < args.max_steps:
         accelerator.print(f"stopped early, after step {step}: {best['num_worse']} evaluations had no better {monitor}")

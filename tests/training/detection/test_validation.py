@@ -17,7 +17,7 @@ from training.detection.formats import Box, BoxSet
 from training.detection.read import DetectionRows
 from training.detection.validation import DetectionValidation
 from training.images.rows import BadImageLimit, Decoder
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 from training.run.processes import take_turns
 
 NAMES = ["cat", "dog", "cow"]
