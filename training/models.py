@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -21,16 +20,11 @@ from transformers.image_utils import PILImageResampling
 
 from hf_models import ZooViTForImageClassification
 from hf_models.zoo import check_fields, create_config, create_model, find_entry
-from training.run.arguments import parse_fields
+from training.run.arguments import is_checkpoint, parse_fields
 from training.run.processes import fastest_attention
 
 # What in the body of a model there is one of for each class.
 PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")
-
-
-def is_checkpoint(name: str) -> bool:
-    """Whether `--model` names a folder or Hub repository, and not a size of the zoo."""
-    return "/" in name or Path(name).exists()
 
 
 def load_or_create(
