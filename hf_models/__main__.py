@@ -1,4 +1,4 @@
-"""`python -m hf_models [PATTERN]` lists the zoo (name, parameters, paper) and the versions it was tested with."""
+"""`python -m hf_models [PATTERN]` lists the zoo (names, parameters, papers) and the tested versions of transformers."""
 
 import sys
 

@@ -1,11 +1,10 @@
-"""Attention, written once: how well each query matches each source, and the mean of the sources that this weighs.
+"""Attention, written once: scores of the sources for each query, and the mean of the sources weighted by them.
 
     e_ij     = score(q_i, k_j)                   `dot_scores`, `general_scores`, `additive_scores`
     alpha_ij = softmax over j of e_ij / t        `masked_softmax`: over the sources j that query i may attend to
     c_i      = sum over j of alpha_ij v_j        `weighted_sum`
 
-The functions serve alone, and in the RNNs' attention; `MultiHeadAttention` is all three in every head. The dimensions
-in shape comments:
+Each function can be used alone; `MultiHeadAttention` applies all three in every head. The dimensions in shape comments:
 
     B  batch          T  tokens (queries)      S  source tokens (keys and values)
     D  hidden size    N  attention heads       H  size of one head
@@ -15,10 +14,11 @@ in shape comments:
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,7 +29,7 @@ from .projections import ResidualLinear, linear_of
 # ------------------------------------------------------------------------------------------------------- scores
 
 
-def dot_scores(query, key):
+def dot_scores(query: Tensor, key: Tensor) -> Tensor:
     """e_ij = q_i . k_j (Luong et al. 2015, equation 8, "dot").
 
     Args:
@@ -42,12 +42,12 @@ def dot_scores(query, key):
     return torch.matmul(query, key.transpose(-2, -1))
 
 
-def scaled_dot_scores(query, key):
+def scaled_dot_scores(query: Tensor, key: Tensor) -> Tensor:
     """e_ij = q_i . k_j / sqrt(H) (Vaswani et al. 2017, equation 1). Shapes as in `dot_scores`."""
     return dot_scores(query * query.shape[-1] ** -0.5, key)
 
 
-def general_scores(query, key, weight):
+def general_scores(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
     """e_ij = q_i . W k_j (Luong et al. 2015, equation 8, "general").
 
     Args:
@@ -61,10 +61,10 @@ def general_scores(query, key, weight):
     return dot_scores(torch.matmul(query, weight), key)
 
 
-def additive_scores(query, key, vector):
+def additive_scores(query: Tensor, key: Tensor, vector: Tensor) -> Tensor:
     """e_ij = v . tanh(q_i + k_j), where q_i = W s_i and k_j = U h_j (Bahdanau et al. 2015, appendix A.1.2).
 
-    The caller projects the states: the sources' keys serve every query, so they are projected once.
+    The caller projects the states, so that it can project the sources once for all queries.
 
     Args:
         query: (..., T, A), the projected queries W s.
@@ -80,16 +80,16 @@ def additive_scores(query, key, vector):
 # --------------------------------------------------------------------------------------- softmax and weighted sum
 
 
-def masked_softmax(scores, mask=None, temperature: float = 1.0):
-    """alpha_ij = exp(e_ij / t) / sum over j' of exp(e_ij' / t), over the sources that the mask leaves.
+def masked_softmax(scores: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """alpha_ij = exp(e_ij / t) / sum over j' of exp(e_ij' / t), over the sources that the mask allows.
 
-    A query whose sources are all masked gets weights that add up to 1, and no NaN.
+    If all sources of a query are masked, its weights still add up to 1 and are not NaN.
 
     Args:
         scores: (..., T, S).
-        mask: None; a bool, true where a query may attend to a source; or a number to add to the scores. It
-            broadcasts to the scores.
-        temperature: below 1 the weights concentrate on the best sources, above 1 they spread.
+        mask: None; or bool, true where a query may attend to a source; or numbers to add to the scores. It must
+            broadcast to (..., T, S).
+        temperature: t; below 1 it concentrates the weights on the best sources, above 1 it spreads them.
 
     Returns:
         The weights (..., T, S); each row adds up to 1.
@@ -99,12 +99,12 @@ def masked_softmax(scores, mask=None, temperature: float = 1.0):
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        # A row of minus infinity would give NaN, whether the mask holds it or the sum overflows to it.
+        # A row of minus infinity would give NaN, whether the mask contains it or the sum overflows to it.
         scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min / 2)
     return F.softmax(scores, dim=-1)
 
 
-def weighted_sum(weights, value):
+def weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
     """c_i = sum over j of alpha_ij v_j: (..., T, S) and (..., S, H) -> (..., T, H)."""
     return torch.matmul(weights, value)
 
@@ -121,11 +121,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
         attention_mask: as in `masked_softmax`, broadcastable to (B, N, T, S).
 
     Returns:
-        The output (B, T, N, H) and the attention probabilities (B, N, T, S).
+        The output (B, T, N, H) and the attention weights (B, N, T, S), after dropout.
     """
     batch, num_heads, num_tokens, head_dim = query.shape
     scaling = head_dim**-0.5 if scaling is None else scaling
-    # The query heads that share a key head are laid one below the other, so keys and values are never copied.
+    # Queries of heads that share a key head are stacked along T, so that keys and values need no copies.
     num_key_heads, num_sources = key.shape[1:3]
     folded = (query * scaling).reshape(batch, num_key_heads, -1, head_dim)
     scores = dot_scores(folded, key).view(batch, num_heads, num_tokens, num_sources)
@@ -136,22 +136,32 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling=N
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention: every token asks N questions of every source token (Vaswani et al. 2017, section 3.2.2).
+    """N attentions in parallel, each with its own projections (Vaswani et al. 2017, section 3.2.2).
 
     One class serves self-attention, causal attention, cross-attention, grouped-query attention, rotary positions, and
-    DETR's separate position term on queries and keys. The product itself runs in the backend that transformers'
-    attention interface names: eager, sdpa, flash, flex or paged.
+    DETR's separate position term on queries and keys. The backend that transformers' attention interface selects
+    computes the attention itself: eager, sdpa, flash, flex or paged.
 
     Args:
+        layer_idx: number of the block, under which a cache keeps this layer's keys and values.
         source_size: width of the source states of cross-attention. Default: the hidden size.
-        num_branches: the residual branches of the stack, which `config.residual_init` may depend on.
+        num_branches: number of residual branches in the stack, for `config.residual_init`.
+        backend_config: the config that names the attention backend. Default: `config`. A part of a model whose sizes
+            are in a config of its own gives the model's config here.
     """
 
     def __init__(
-        self, config, layer_idx: int, *, is_causal: bool = False, source_size: int | None = None, num_branches: int = 1
+        self,
+        config,
+        layer_idx: int,
+        *,
+        is_causal: bool = False,
+        source_size: int | None = None,
+        num_branches: int = 1,
+        backend_config=None,
     ):
         super().__init__()
-        self.config = config
+        self.config = config if backend_config is None else backend_config  # the backends read it, too
         self.layer_idx = layer_idx
         self.is_causal = is_causal
         self.head_dim = config.head_dim
@@ -184,21 +194,23 @@ class MultiHeadAttention(nn.Module):
     ):
         """
         Args:
-            hidden_states: (B, T, D), which ask.
-            source_states: (B, S, D'), which answer; None for self-attention.
+            hidden_states: (B, T, D), the states that queries are made of.
+            source_states: (B, S, D'), the states that keys and values are made of. Default: `hidden_states`.
             attention_mask: in the form of the backend in use (`create_causal_mask`, `create_bidirectional_mask`).
             rotary: the pair from `rotary_angles`, or None.
             query_position, key_position: (B, T, D) and (B, S, D), added before the query and the key projection but
                 not before the value's (Carion et al. 2020, figure 10).
-            packing: the `Packing` of `hidden_states` (1, M, D): attention runs on their padded places.
-            source_packing: the `Packing` of `source_states`, where they are packed too.
-            output_tokens: the `Packing` or `FirstToken` of the tokens whose output is wanted; the others only answer.
-            **kwargs: under `CACHE_NAME` a transformers cache, which keeps keys and values for later calls; the others
+            packing: the `Packing` of `hidden_states` (1, M, D), if they are packed. Attention itself runs on the padded
+                batch.
+            source_packing: the `Packing` of `source_states`, if they are packed.
+            output_tokens: the `Packing` or `FirstToken` of the tokens whose output is needed; the others serve only as
+                keys and values.
+            **kwargs: under `CACHE_NAME` a transformers cache, which keeps keys and values for later calls; all others
                 go to the attention backend.
 
         Returns:
-            The output (B, T, D), or of the `output_tokens` alone, as they pack it; and the probabilities (B, N, T, S)
-            or None where the backend does not form them.
+            The output (B, T, D), packed if `packing` or `output_tokens` is given; and the attention weights
+            (B, N, T, S), or None if the backend does not compute them.
         """
         is_self_attention, cache = source_states is None, kwargs.pop(CACHE_NAME, None)
         query = hidden_states if query_position is None else hidden_states + query_position
@@ -224,12 +236,12 @@ class MultiHeadAttention(nn.Module):
             output_tokens=output_tokens,
             **kwargs,
         )
-        # Padded again, queries, keys, values and scores are the largest tensors of a block.
+        # The padded queries, keys, values and scores are the largest tensors of a block, so they are not kept.
         recompute = packing is not None and self.training and not self.attention_dropout
         return linear_of(self.o_proj, attend, query, key, value, recompute=recompute)
 
     def _project_source(self, states, position, rotary):
-        """The keys and values (B, K, S, H) of source states (B, S, D')."""
+        """Returns the keys and values (B, K, S, H) of source states (B, S, D')."""
         key = self._split_heads(self.k_proj(states if position is None else states + position))
         value = self._split_heads(self.v_proj(states))
         if self.k_norm is not None:
@@ -237,26 +249,26 @@ class MultiHeadAttention(nn.Module):
         return (key if rotary is None else apply_rotary(key, *rotary)), value
 
     def _source(self, states, position, rotary, cache):
-        """As `_project_source`, but once for a whole generation, where a cache keeps them."""
+        """As `_project_source`, but with a cache it projects the source once for the whole generation."""
         if not isinstance(cache, EncoderDecoderCache):
             return self._project_source(states, position, rotary)
         if not cache.is_updated.get(self.layer_idx):
             key, value = self._project_source(states, position, rotary)
             cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
-        kept = cache.cross_attention_cache.layers[self.layer_idx]
+        kept: Any = cache.cross_attention_cache.layers[self.layer_idx]
         return kept.keys, kept.values
 
     def _attend(self, query, key, value, mask, packing, source_packing, output_tokens, **kwargs):
-        """Queries, keys and values (B, heads, T or S, H) to what the heads found (B, T, N H), and the probabilities."""
+        """From queries, keys and values (B, heads, T or S, H) to the heads' outputs (B, T, N H), and the weights."""
         if packing is not None:
             query = packing.unpack(query.transpose(1, 2)).transpose(1, 2)
         if source_packing is not None:
             key, value = (source_packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        beams, num_tokens = len(query) // len(key), query.shape[2]
-        if beams > 1:  # the beams of an input share its source: (B beams, N, T, H) -> (B, N, beams T, H)
+        beams, num_tokens = query.shape[0] // key.shape[0], query.shape[2]
+        if beams > 1:  # beams of one input share its source, so they are stacked along T: (B, N, beams T, H)
             query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
             mask = mask if mask is None else mask[:, :, :1]
         output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)

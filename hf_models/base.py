@@ -1,8 +1,8 @@
-"""What every family shares with transformers, in three steps, each on the one before.
+"""What every family shares with transformers, in three steps that build on each other.
 
     ZooConfig, ZooModel                  what even an LSTM needs: saving with code, stock weights both ways
     TransformerConfig, TransformerModel  the fields that blocks read, attention backends, plans to split over devices
-    TextConfig, TextModel                vocabulary, positions, caches, and the checks of tokens
+    TextConfig, TextModel                vocabulary, positions, caches, checks of token inputs
 
 The mathematics is in `attention.py`, `layers.py` and `positions.py`; this file makes a model behave like a stock one.
 """
@@ -10,7 +10,7 @@ The mathematics is in `attention.py`, `layers.py` and `positions.py`; this file 
 import difflib
 import inspect
 from dataclasses import fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -21,20 +21,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing, logging
 
-ZOO_VERSION = "0.1.0"
+ZOO_VERSION = "0.2.0"
 
 # The versions of transformers that the whole suite, or the part named in docs/transformers.md, was run with.
 TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")
 
 if Version(transformers.__version__).release[:2] > Version(TESTED_TRANSFORMERS[-1]).release[:2]:
-    # This file travels with every checkpoint, so this is said at the import of the package or at the first checkpoint.
+    # Every checkpoint carries a copy of this file, so loading one without the package gives this warning, too.
     logging.get_logger("transformers.hf_models").warning_once(
         f"hf_models {ZOO_VERSION} was tested with transformers {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[-1]}, "
         f"and this is {transformers.__version__}: compare a few outputs, or install an earlier version of transformers"
     )
 
 # The keyword arguments that a model passes on without reading them itself. A model refuses every other keyword
-# argument that is not in its signature, because a swallowed argument changes the answer without an error.
+# argument that is not in its signature, because ignoring one would give a wrong answer without an error.
 PASSED_ON = frozenset(
     {
         # From the caller or the config, through transformers' decorators of `forward`.
@@ -62,11 +62,12 @@ PASSED_ON = frozenset(
     }
 )
 
-# What transformers calls a cache of keys and values; 5.24 renamed it. Gradient checkpointing looks for this name.
+# The name of the argument that holds the cache of keys and values; transformers 5.24 changed it. Gradient
+# checkpointing looks for this name.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-# ------------------------------------------------------------------------------------------------- of every model
+# -------------------------------------------------------------------------------------------------- every model
 
 
 @strict
@@ -77,23 +78,25 @@ class ZooConfig(PreTrainedConfig):
         zoo_version: the version of hf_models that wrote the checkpoint.
 
     Raises:
-        ValueError, or around it huggingface_hub's `StrictDataclassError` as for any config: a field is of the wrong
-            kind or outside its range, or two fields do not fit; the message names them.
+        ValueError: a field has the wrong type or is out of range, or two fields contradict each other; the message
+            names them. huggingface_hub wraps some of these in its `StrictDataclassError`, as for any config.
     """
 
     zoo_version: str | None = None
 
-    # Auto class -> "file.Class", for every class of the family: a checkpoint of any of them opens as any other.
+    # transformers declares this property as `int | None`, but every config here has labels.
+    num_labels: ClassVar[Any] = PreTrainedConfig.num_labels
+    # Auto class -> "file.Class" for every class of the family, so that a checkpoint of one loads as any other.
     family_auto_map: ClassVar[dict[str, str]] = {}
-    # The `model_type`s of the stock checkpoints that this family reads.
+    # The `model_type`s of the stock checkpoints that this family loads.
     stock_model_types: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         model_type = config_dict.get("model_type")
-        if model_type in cls.stock_model_types:  # a stock checkpoint becomes one of ours
-            # A stock config.json leaves out what has the stock default, which need not be ours.
+        if model_type in cls.stock_model_types:  # convert the config of a stock checkpoint
+            # A stock config.json omits the fields at stock's defaults, which may differ from ours.
             known = {field.name for field in fields(cls)} | set(cls.attribute_map)
             defaults = AutoConfig.for_model(model_type).to_dict()
             config_dict = {k: v for k, v in defaults.items() if k in known} | config_dict
@@ -102,13 +105,14 @@ class ZooConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers would set overrides afterwards, when all has been derived and checked.
+        # transformers would set the overrides only after the other fields have been derived and checked.
         ours = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-        overrides = {name: kwargs.pop(name) for name in ours | set(cls.attribute_map) if name in kwargs}
+        ours |= {*cls.attribute_map, "id2label", "label2id"}  # `class_weights` has to fit the labels
+        overrides = {name: kwargs.pop(name) for name in ours if name in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("model_type", None)  # a stock config.json would rename the family, and its weight mapping with it
+        kwargs.pop("model_type", None)  # stock's would replace ours, and with it the mapping of weight names
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
@@ -120,23 +124,23 @@ class ZooConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def derive_fields(self):
-        """Fills in the fields whose default depends on others."""
+        """Fills in the fields whose default depends on other fields."""
 
 
 class ZooModel(PreTrainedModel):
-    """Everything about a model that depends neither on its family nor on what it is made of."""
+    """The base class of all models: initialisation, checks of keyword arguments, saving, conversion to stock."""
 
     _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # transformers calls this for modules with parameters of their own, not for those that only hold such modules.
+        # transformers calls this only for modules that hold parameters themselves.
         super()._init_weights(module)
         if hasattr(module, "initialise"):
             module.initialise(self.config)
 
     def check_keywords(self, keywords):
-        """Raises a `ValueError` for a keyword argument that nobody reads: neither this model nor what it calls."""
+        """Raises a `ValueError` for a keyword argument that neither this model nor the code it calls reads."""
         for name in keywords:
             if name not in PASSED_ON:
                 known = {*PASSED_ON, *inspect.signature(self.forward).parameters} - {"kwargs"}
@@ -144,18 +148,28 @@ class ZooModel(PreTrainedModel):
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ": leave it out"
                 raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
 
-    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
-        """As in transformers, but in this package's own key names; `to_stock().save_pretrained` writes stock keys."""
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves under this package's key names, and else as transformers does; `to_stock()` saves under stock's."""
+        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def stock_class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-        """The stock class and config that compute the same function; raises a `ValueError` naming the option where
-        there is none."""
+        """Returns the stock class and config that compute the same function.
+
+        Raises:
+            ValueError: transformers has no such class, or the class lacks an option, which the message names.
+        """
         raise ValueError(f"{type(self).__name__} has no stock counterpart in transformers")
 
     def make_stock_config(self, config_class: type[PreTrainedConfig], **required) -> PreTrainedConfig:
-        """The stock config with the same values; raises a `ValueError` for an option that the stock class lacks, one
-        that is not as `required`."""
+        """Returns a stock config with the same values.
+
+        Args:
+            config_class: the class of the stock config.
+            **required: options, each with the only value that the stock class supports.
+
+        Raises:
+            ValueError: an option has another value than the required one.
+        """
         config = self.config
         for option, value in required.items():
             if getattr(config, option) != value:
@@ -171,38 +185,39 @@ class ZooModel(PreTrainedModel):
         )
 
     def stock_weights(self) -> dict[str, torch.Tensor]:
-        """The weights under the names that the stock class has for them."""
-        with torch.device("meta"):
-            fresh = type(self)(self.config)  # reverses every renaming; a loaded model only those that its file needed
+        """Returns the weights under their stock names."""
+        with torch.device("meta"):  # a new model, because a loaded one reverses only the renamings that its file needed
+            fresh = type(self)(self.config)
         return revert_weight_conversion(fresh, self.state_dict())
 
     def to_stock(self) -> PreTrainedModel:
-        """The stock transformers model with the same weights, device, dtype and mode.
+        """Returns the stock transformers model with the same weights, device, dtype and mode.
 
         Raises:
             ValueError: an option of this model has no stock counterpart; the message names it.
         """
         stock_class, stock_config = self.stock_class_and_config()
         weights = self.stock_weights()
-        stock, loaded = stock_class.from_pretrained(
+        stock_and_keys: Any = stock_class.from_pretrained(
             None,
             config=stock_config,
             state_dict={name: weight.clone() for name, weight in weights.items()},
             dtype=self.dtype,
             output_loading_info=True,
         )
+        stock, loaded = stock_and_keys
         assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
         return stock.to(self.device).train(self.training)
 
 
-# ------------------------------------------------------------------------------------------------- of transformers
+# -------------------------------------------------------------------------------------------------- transformers
 
 ACTIVATION_NAMES = ("gelu", "gelu_new", "relu", "relu2", "silu", "swiglu")
 
 
 @strict
 class TransformerConfig(ZooConfig):
-    """The fields that `attention.py` and `layers.py` read; a family's config adds its own.
+    """The fields that `attention.py` and `layers.py` read.
 
     Args:
         hidden_size: width D of the residual stream.
@@ -214,19 +229,20 @@ class TransformerConfig(ZooConfig):
         hidden_act: one of `gelu`, `gelu_new` (its tanh approximation), `relu`, `relu2`, `silu`, `swiglu`.
         norm: `layernorm` (Ba et al. 2016) or `rmsnorm` (Zhang and Sennrich 2019).
         norm_position: `pre` (Xiong et al. 2020) or `post` (Vaswani et al. 2017).
-        qk_norm: normalise queries and keys before their product (Henry et al. 2020), here by their root mean square.
+        qk_norm: normalise queries and keys by RMSNorm before their product (after Henry et al. 2020).
         use_bias: biases in the blocks' linear layers and in LayerNorm.
         qkv_bias: biases of the query, key and value projections. Default: `use_bias`.
-        residual_init: how the projections that end a residual branch start: `normal` like every other matrix,
+        residual_init: initial values of the projections that end a residual branch: `normal` like every other matrix,
             `scaled` by one over the square root of the number of branches (Radford et al. 2019), or `zero`, which
             makes every block the identity at first.
-        layer_scale: what the learned factors of every residual branch start at (Touvron et al. 2021); None: no factors.
-        drop_path: probability that the last block's branches are left out for a sample in training; it rises from 0 at
-            the first block (Huang et al. 2016).
-        class_weights: how much each class counts in the loss of a classification head; not for regression, which has
-            no classes. Default: all the same.
+        layer_scale: initial value of the learned factors on every residual branch (Touvron et al. 2021). Default: no
+            such factors.
+        drop_path: probability that training skips a branch of the last block for a sample (Huang et al. 2016). It
+            rises linearly from 0 in the first block.
+        class_weights: weight of each class in the loss of a classification head; not for regression. Default: all
+            weigh the same.
 
-    `ZooConfig` explains the rest.
+    `ZooConfig` documents the other fields.
     """
 
     hidden_size: int = 768
@@ -249,13 +265,14 @@ class TransformerConfig(ZooConfig):
     drop_path: float | int = 0.0
     class_weights: list[float | int] | None = None
 
-    # Where the stacks of blocks are in the base model, and whether they have cross-attention.
-    stacks: ClassVar[dict[str, bool]] = {"layers": False}
-
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How to split the blocks over the devices of tensor parallelism, for the modules that this config has."""
-        plan = {}
+    def stacks(self) -> dict[str, bool]:
+        """Path of each stack of blocks in the base model, and whether the stack has cross-attention."""
+        return {"layers": False}
+
+    def plan_tensor_parallelism(self) -> dict[str, str]:
+        """How tensor parallelism splits the blocks, with entries only for modules that this config has."""
+        plan: dict[str, str] = {}
         for stack, has_cross_attention in self.stacks.items():
             for attention in ("attention", "cross_attention") if has_cross_attention else ("attention",):
                 plan |= {f"{stack}.*.{attention}.{name}_proj": "colwise" for name in "qkv"}
@@ -285,9 +302,12 @@ class TransformerConfig(ZooConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.qkv_bias is None:
             self.qkv_bias = self.use_bias
+        # transformers reads the plan here, and does not save it.
+        self.base_model_tp_plan = self.plan_tensor_parallelism()  # type: ignore[misc]
 
     def validate_layers(self):
-        """Checks, on construction and on saving, that the fields fit together."""
+        """Checks that the fields fit together; transformers calls it on construction and on saving."""
+        assert self.num_key_value_heads is not None  # `derive_fields` fills it in
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
@@ -300,7 +320,7 @@ class TransformerConfig(ZooConfig):
         if self.hidden_act not in ACTIVATION_NAMES:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; choose one of {', '.join(ACTIVATION_NAMES)}")
         for field in ("head_dim", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
-            if getattr(self, field, 1) < 1:  # a family need not have them all
+            if getattr(self, field, 1) < 1:  # some families lack some of these fields
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("hidden_dropout", "attention_dropout", "embedding_dropout", "drop_path"):
             if not 0.0 <= getattr(self, field, 0.0) < 1.0:
@@ -308,7 +328,7 @@ class TransformerConfig(ZooConfig):
 
 
 class TransformerModel(ZooModel):
-    """What a model with attention needs besides: backends, gradient checkpointing, plans to split it over devices."""
+    """Adds what attention needs: backends, gradient checkpointing, and plans to split the model over devices."""
 
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]
@@ -319,14 +339,14 @@ class TransformerModel(ZooModel):
     _supports_attention_backend = True
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        """On a machine without an accelerator the default is `eager`: there, two matrix products and a softmax are
-        faster than the fused kernel, and attention maps come for free."""
+        """Makes `eager` the default on a machine without an accelerator. There it is faster than the fused kernel, and
+        it can return attention maps."""
         if requested_attention is None and not torch.accelerator.is_available():
             requested_attention = "eager"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def check_output_attentions(self, output_attentions):
-        """Raises a `ValueError` where attention maps are asked of a backend that never forms them."""
+        """Raises a `ValueError` if attention maps are requested from a backend that does not compute them."""
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions=True needs attn_implementation='eager'; this model runs "
@@ -334,7 +354,7 @@ class TransformerModel(ZooModel):
             )
 
     def make_stock_config(self, config_class: type[PreTrainedConfig], **required) -> PreTrainedConfig:
-        """As in `ZooModel`; no stock class has the options of our blocks."""
+        """As in `ZooModel`, and refuses the options of our blocks that no stock class has."""
         config = self.config
         if config.hidden_act == "swiglu":
             raise ValueError(f"{config_class.__name__} has no hidden_act='swiglu'")
@@ -351,7 +371,7 @@ class TransformerModel(ZooModel):
         return super().make_stock_config(config_class, **{**plain, **required})
 
 
-# ---------------------------------------------------------------------------------------------------------- of text
+# ----------------------------------------------------------------------------------------------------------- text
 
 
 @strict
@@ -361,10 +381,12 @@ class TextConfig(TransformerConfig):
     Args:
         vocab_size: number of tokens V.
         num_hidden_layers: number of blocks L.
-        max_position_embeddings: longest sequence the model was made for.
+        max_position_embeddings: length of the longest sequence that the model is made for.
         position_embedding_type: `learned` vectors, `sinusoidal` (Vaswani et al. 2017), or `rotary` (Su et al. 2021)
             with base `rope_theta`.
-        tie_word_embeddings: one matrix W_e embeds tokens and scores them (Press and Wolf 2017).
+        tie_word_embeddings: use one matrix W_e to embed tokens and to score them (Press and Wolf 2017).
+
+    `TransformerConfig` documents the other fields.
     """
 
     vocab_size: int = 32768
@@ -377,6 +399,9 @@ class TextConfig(TransformerConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def plan_tensor_parallelism(self) -> dict[str, str]:
+        return {"embed_tokens": "embedding_rowwise", **super().plan_tensor_parallelism()}
+
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
@@ -386,6 +411,7 @@ class TextConfig(TransformerConfig):
 
     def validate_positions(self):
         """Checks that the chosen positions fit the sizes."""
+        assert self.head_dim is not None  # `derive_fields` fills it in
         if self.position_embedding_type == "rotary" and self.head_dim % 2:
             raise ValueError(f"position_embedding_type='rotary' needs an even head_dim, not {self.head_dim}")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
@@ -393,24 +419,28 @@ class TextConfig(TransformerConfig):
 
 
 class TextModel(TransformerModel):
-    """What a model of tokens needs besides: the checks of its inputs, and a cache that has two names."""
+    """Adds the checks of token inputs, and a cache that has two names: `cache` and `past_key_values`."""
 
     def choose_cache(self, cache, past_key_values):
-        """The cache by whichever of its two names it was given; raises a `ValueError` if it was given by both."""
+        """Returns the cache that was given under either name; raises a `ValueError` if both names were used."""
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
         return past_key_values if cache is None else cache
 
     def make_output(self, output_class, cache, **fields):
-        """An output whose cache can be read as `cache` and as `past_key_values`, whatever transformers calls it."""
+        """Makes an output whose cache can be read under both names on every version of transformers."""
         output = output_class(**fields, **{CACHE_NAME: cache})
         if CACHE_NAME != "cache":
             output.cache = cache
         return output
 
     def check_inputs(self, input_ids, inputs_embeds, position_ids=None):
-        """Raises a `ValueError` unless exactly one of the two is there, with no token behind the learned positions:
-        by `position_ids` where they are given (see `check_positions`), or else by its place."""
+        """Checks the inputs of `forward`.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` (B, T) and `inputs_embeds` (B, T, D) was given, or a token's
+                position has no learned vector. Without `position_ids` token t has position t.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         num_tokens, config = (inputs_embeds if input_ids is None else input_ids).shape[1], self.config
@@ -423,13 +453,15 @@ class TextModel(TransformerModel):
             )
 
     def check_positions(self, position_ids):
-        """Raises a `ValueError` for a position behind the learned ones. An accelerator would have to be waited for, so
-        there they are looked at only where there are more than learned ones."""
+        """Raises a `ValueError` for a position that has no learned vector.
+
+        Reading positions on an accelerator would wait for it, so there only rows that are too long are checked.
+        """
         limit = self.config.max_position_embeddings
         if self.config.position_embedding_type != "learned" or is_tracing(position_ids) or not position_ids.numel():
             return
-        is_at_hand = position_ids.device.type == "cpu" or position_ids.shape[-1] > limit
-        if is_at_hand and (last := int(position_ids.max())) >= limit:
+        reads_them = position_ids.device.type == "cpu" or position_ids.shape[-1] > limit
+        if reads_them and (last := int(position_ids.max())) >= limit:
             raise ValueError(
                 f"position_ids has {last}, but max_position_embeddings is {limit}: "
                 f"give positions from 0 to {limit - 1}, or use a model with more"

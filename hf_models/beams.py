@@ -1,12 +1,14 @@
-"""Beams that share their source: in generation, the rows of one input look at one copy of its keys and values."""
+"""Beams that share their source: in generation, all beams of one input attend to one copy of its keys and values."""
+
+from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 
 class SharedSourceCache(EncoderDecoderCache):
-    """A cache for a decoder whose source has one row for each input, and not one for each of its beams.
+    """A cache for a decoder whose source has one row for each input instead of one for each beam.
 
-    Beams trade places only within an input, so whatever selects or repeats rows concerns self-attention alone.
+    Beams are reordered only within an input, so selecting or repeating rows changes only the self-attention cache.
     """
 
     def reorder_cache(self, beam_idx):
@@ -20,26 +22,27 @@ class SharedSourceCache(EncoderDecoderCache):
 
 
 def with_source(cache: Cache, config) -> EncoderDecoderCache:
-    """The cache of a decoder, with room for the keys and values of its source."""
+    """Returns the cache of a decoder, extended by a cache for the keys and values of its source."""
     if isinstance(cache, EncoderDecoderCache):
         return cache
     return SharedSourceCache(cache, DynamicCache(config=config))
 
 
 class SharesSource:
-    """For a model that generates from a source: `generate` repeats every input for each beam, but not the source.
+    """A mixin for models that generate from a source: `generate` repeats every input for each beam, but not the source.
 
-    The attention then folds the beams of an input into its queries (`attention.MultiHeadAttention`), which the backends
-    that take any mask can do.
+    `MultiHeadAttention` then stacks the beams of an input as queries of one row. Only backends that accept any mask can
+    do this.
     """
 
+    config: Any
     source_inputs = ("encoder_hidden_states", "encoder_attention_mask")
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         shared = {}
         if self.config._attn_implementation in ("eager", "sdpa"):
             shared = {name: model_kwargs.pop(name) for name in self.source_inputs if name in model_kwargs}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # `GenerationMixin` has it
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **shared}

@@ -4,10 +4,11 @@ Every model of this package composes these parts. The dimensions in shape commen
 
     B  batch    T  tokens    S  source tokens    D  hidden size    M  tokens of a packed batch
 
-`config` is any `TransformerConfig` (see `base.py`), which lists the fields that are read here. `packing.py` has what
-chooses the tokens that blocks compute.
+`config` is any `TransformerConfig` (see `base.py`), which documents the fields that are read here. `packing.py` chooses
+the tokens that the blocks compute.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,12 +23,12 @@ from .base import CACHE_NAME
 from .projections import ResidualLinear, linear_of
 
 
-def squared_relu(hidden_states):
+def squared_relu(hidden_states: torch.Tensor) -> torch.Tensor:
     """max(0, x)^2 (So et al. 2021, "Primer")."""
     return F.relu(hidden_states).square()
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # x Phi(x) (Hendrycks and Gimpel 2016)
     "gelu_new": partial(F.gelu, approximate="tanh"),  # the approximation that GPT and GPT-2 were trained with
     "relu": F.relu,
@@ -44,7 +45,7 @@ class FeedForward(nn.Module):
     def __init__(self, config, num_branches: int = 1):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        # ReLU's gradient needs nothing but its result, which the next product keeps anyway.
+        # ReLU's gradient needs only ReLU's output, which the next product keeps anyway.
         self.recomputes = config.hidden_act != "relu"
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, config.use_bias, num_branches)
@@ -55,7 +56,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states):
         """(B, T, D) -> (B, T, D)."""
         wide = [linear(hidden_states) for linear in (self.up_proj, self.gate_proj) if linear is not None]
-        # What goes into the last projection is the widest tensor of a block.
+        # The input of the last projection is the widest tensor of a block.
         recompute = self.training and self.recomputes and not torch.compiler.is_compiling()
         return linear_of(self.down_proj, self._activate, *wide, recompute=recompute)[0]
 
@@ -72,7 +73,7 @@ def make_norm(config) -> nn.Module:
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each of D channels, small at first (Touvron et al. 2021, "CaiT", equation 4)."""
+    """A learned factor for each of D channels, initially small (Touvron et al. 2021, "CaiT", equation 4)."""
 
     def __init__(self, dim: int, initial: float):
         super().__init__()
@@ -87,7 +88,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves a branch out for whole samples in training, each with probability `rate`, and scales it up for the others
+    """In training, skips a branch for each sample with probability `rate`, and divides it by 1 - `rate` for the others
     (Huang et al. 2016, "stochastic depth")."""
 
     def __init__(self, rate: float):
@@ -102,16 +103,18 @@ class DropPath(nn.Module):
 
 
 class TransformerBlock(GradientCheckpointingLayer):
-    """Self-attention, optionally cross-attention, feed-forward; each around a residual connection.
+    """Self-attention, optionally cross-attention, and feed-forward, each with a residual connection around it.
 
-    `norm_position` decides where a sublayer f is normalised:
+    `norm_position` decides where the norm of a sublayer f is:
         post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1);
         pre:  x + f(norm(x)) (Xiong et al. 2020, figure 1).
 
     Args:
-        source_size: width of the states that cross-attention looks at. Default: the hidden size.
-        drop_path: probability that a branch is left out in training.
-        num_branches: the residual branches of the whole stack.
+        layer_idx: number of the block in its stack.
+        source_size: width of the states that cross-attention attends to. Default: the hidden size.
+        drop_path: probability that training skips a branch for a sample.
+        num_branches: number of residual branches in the whole stack.
+        backend_config: as in `MultiHeadAttention`.
     """
 
     def __init__(
@@ -124,22 +127,22 @@ class TransformerBlock(GradientCheckpointingLayer):
         source_size: int | None = None,
         drop_path: float = 0.0,
         num_branches: int = 1,
+        backend_config=None,
     ):
         super().__init__()
+        options = {"num_branches": num_branches, "backend_config": backend_config}
 
         def after_branch():
-            steps = [nn.Dropout(config.hidden_dropout)] if config.hidden_dropout else []
+            steps: list[nn.Module] = [nn.Dropout(config.hidden_dropout)] if config.hidden_dropout else []
             steps += [LayerScale(config.hidden_size, config.layer_scale)] if config.layer_scale else []
             return nn.Sequential(*steps, *([DropPath(drop_path)] if drop_path else []))
 
         self.pre_norm = config.norm_position == "pre"
-        self.attention = MultiHeadAttention(config, layer_idx, is_causal=is_causal, num_branches=num_branches)
+        self.attention = MultiHeadAttention(config, layer_idx, is_causal=is_causal, **options)
         self.attention_norm = make_norm(config)
         self.cross_attention = self.cross_attention_norm = None
         if cross_attention:
-            self.cross_attention = MultiHeadAttention(
-                config, layer_idx, source_size=source_size, num_branches=num_branches
-            )
+            self.cross_attention = MultiHeadAttention(config, layer_idx, source_size=source_size, **options)
             self.cross_attention_norm = make_norm(config)
         self.feed_forward = FeedForward(config, num_branches)
         self.feed_forward_norm = make_norm(config)
@@ -165,19 +168,19 @@ class TransformerBlock(GradientCheckpointingLayer):
         """
         Args:
             hidden_states: (B, T, D).
-            attention_mask, encoder_attention_mask: of self- and of cross-attention, in the form of the backend.
-            encoder_hidden_states: (B, S, D'), what cross-attention looks at.
+            attention_mask, encoder_attention_mask: masks of self- and cross-attention, in the form of the backend.
+            encoder_hidden_states: (B, S, D'), the states that cross-attention attends to.
             position_embeddings, encoder_position_embeddings: (B, T, D) and (B, S, D), added to queries and keys in
-                every block, as DETR does; None where positions were added to the input once. What has a gradient is
-                best given by place: gradient checkpointing looks for it there.
-            packing, encoder_packing: the `Packing` of either, where they are packed.
-            cross_attention_options: the keyword arguments of the attention backend for cross-attention.
-            output_tokens: the `Packing` or `FirstToken` of the tokens whose states are wanted.
-            **kwargs: the cache under `CACHE_NAME`, for both attentions; the others (`rotary`, and what the attention
-                backend takes) go to self-attention.
+                every block, as DETR does; None if positions were added to the input. Pass tensors with a gradient by
+                position, because gradient checkpointing tracks only those.
+            packing, encoder_packing: the `Packing` of `hidden_states` and of `encoder_hidden_states`, if packed.
+            cross_attention_options: keyword arguments of the attention backend for cross-attention.
+            output_tokens: the `Packing` or `FirstToken` of the tokens whose states are needed.
+            **kwargs: the cache under `CACHE_NAME`, for both attentions; all others (`rotary`, and arguments of the
+                attention backend) go to self-attention.
 
         Returns:
-            (B, T, D), or the `output_tokens` alone, as they pack them.
+            (B, T, D), or only the `output_tokens`, packed.
         """
 
         def attend(states):
@@ -192,6 +195,7 @@ class TransformerBlock(GradientCheckpointingLayer):
             )[0]
 
         def cross_attend(states):
+            assert self.cross_attention is not None
             return self.cross_attention(
                 states,
                 encoder_attention_mask,
@@ -204,11 +208,11 @@ class TransformerBlock(GradientCheckpointingLayer):
                 **(cross_attention_options or {}),
             )[0]
 
-        norm, branch = self.attention_norm, self.attention_branch
-        hidden_states = self._residual(hidden_states, attend, norm, branch, output_tokens)
+        hidden_states = self._residual(hidden_states, attend, self.attention_norm, self.attention_branch, output_tokens)
         if self.cross_attention is not None and encoder_hidden_states is not None:
-            norm, branch = self.cross_attention_norm, self.cross_attention_branch
-            hidden_states = self._residual(hidden_states, cross_attend, norm, branch)
+            hidden_states = self._residual(
+                hidden_states, cross_attend, self.cross_attention_norm, self.cross_attention_branch
+            )
         return self._residual(hidden_states, self.feed_forward, self.feed_forward_norm, self.feed_forward_branch)
 
     def _residual(self, hidden_states, sublayer, norm, branch, output_tokens=None):
@@ -218,11 +222,15 @@ class TransformerBlock(GradientCheckpointingLayer):
 
 
 class TransformerStack(nn.ModuleList):
-    """Blocks one after the other (Vaswani et al. 2017, figure 1): an encoder, or with `is_causal` and
-    `cross_attention` a decoder.
+    """A sequence of blocks (Vaswani et al. 2017, figure 1): an encoder, or with `is_causal` and `cross_attention` a
+    decoder.
 
-    Calling it passes its arguments to every block, but `output_tokens` to the last one alone. There, tokens whose
-    output nobody reads still serve as keys and values, and skip the other projections and the feed-forward layer.
+    A call passes its arguments to every block, but `output_tokens` only to the last. In the last block, tokens whose
+    output is not used serve as keys and values, and skip the other projections and the feed-forward layer.
+
+    Args:
+        num_layers: number of blocks.
+        is_causal, cross_attention, source_size, backend_config: as in `TransformerBlock`.
     """
 
     def __init__(
@@ -233,6 +241,7 @@ class TransformerStack(nn.ModuleList):
         is_causal: bool = False,
         cross_attention: bool = False,
         source_size: int | None = None,
+        backend_config=None,
     ):
         super().__init__(
             TransformerBlock(
@@ -241,8 +250,9 @@ class TransformerStack(nn.ModuleList):
                 is_causal=is_causal,
                 cross_attention=cross_attention,
                 source_size=source_size,
-                drop_path=config.drop_path * layer_idx / max(1, num_layers - 1),  # the deeper, the more often
+                drop_path=config.drop_path * layer_idx / max(1, num_layers - 1),
                 num_branches=(3 if cross_attention else 2) * num_layers,
+                backend_config=backend_config,
             )
             for layer_idx in range(num_layers)
         )
@@ -254,7 +264,7 @@ class TransformerStack(nn.ModuleList):
         return hidden_states
 
 
-# What transformers records of a stack when a caller asks for hidden states or attention maps.
+# The module outputs that transformers records when a caller requests hidden states or attention maps.
 ENCODER_OUTPUTS = {
     "hidden_states": TransformerBlock,
     "attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="attention"),

@@ -1,4 +1,6 @@
-"""Linear layers whose input is cheap to compute again, and those that end a residual branch."""
+"""The linear layers that end a residual branch: how they start, and how to save the memory of their input."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,10 @@ from transformers import initialization as init
 
 
 class ResidualLinear(nn.Linear):
-    """The linear layer that ends a residual branch; `config.residual_init` says how it starts.
+    """The linear layer that ends a residual branch; `config.residual_init` chooses its initial weight.
 
     Args:
-        num_branches: how many residual branches the stack has.
+        num_branches: number of residual branches in the stack.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool, num_branches: int = 1):
@@ -19,22 +21,24 @@ class ResidualLinear(nn.Linear):
         self.num_branches = num_branches
 
     def initialise(self, config):
-        """Starts the weight at zero, or at 1 / sqrt(branches) of the usual size (Radford et al. 2019, section 2.3)."""
+        """Sets the weight to zero, or draws it 1 / sqrt(branches) times as large as usual (Radford et al. 2019, section
+        2.3)."""
         if config.residual_init == "zero":
             init.zeros_(self.weight)
         elif config.residual_init == "scaled":
             init.normal_(self.weight, mean=0.0, std=config.initializer_range / self.num_branches**0.5)
 
 
-def linear_of(linear: nn.Module, prepare, *tensors, recompute: bool):
-    """Applies `linear` to a tensor that is cheap to prepare, without keeping that tensor for the backward pass.
+def linear_of(linear: nn.Module, prepare: Callable[..., tuple], *tensors: torch.Tensor, recompute: bool) -> tuple:
+    """Applies `linear` to the result of `prepare`, and can recompute that result in the backward pass.
 
-    The tensors that enter the last projection of attention and of the feed-forward layer are the largest of a block.
-    With `recompute`, and where `linear` is nothing but a product, the backward pass prepares its input again.
+    The inputs of the last projections of attention and of the feed-forward layer are the largest tensors of a block.
+    With `recompute` they are not kept: the backward pass calls `prepare` again, which is cheap. This needs a plain
+    `linear`; any other is simply called.
 
     Args:
         prepare: computes the input x of `linear`, and possibly more, as a tuple (x, *more).
-        *tensors: what `prepare` is called with.
+        *tensors: the arguments of `prepare`.
 
     Returns:
         The tuple (linear(x), *more).
@@ -47,17 +51,19 @@ def linear_of(linear: nn.Module, prepare, *tensors, recompute: bool):
         x, *more = prepare(*tensors)
         return F.linear(x, weight, bias), *more
 
-    # The weight is an argument, because the module may have another one in the backward pass (torch.func).
+    # The weight is passed as an argument, because torch.func exchanges the module's weight before the backward pass.
     arguments = (linear.weight, linear.bias, *tensors)
     return checkpoint(prepare_and_apply, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tells whether calling the module computes W x + b and nothing else.
+    """Returns whether calling the module computes W x + b and nothing else.
 
-    An adapter, a hook, a quantised weight or a weight that is split over devices makes it something else.
+    Adapters, hooks, quantised weights and weights that are split over devices do something else.
     """
+    if type(module) not in (nn.Linear, ResidualLinear):
+        return False
+    if type(module.weight) not in (nn.Parameter, torch.Tensor):  # torch.func puts in plain tensors
+        return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    is_hooked = any(hooks) or "forward" in vars(module)
-    is_plain_weight = type(module.weight) in (nn.Parameter, torch.Tensor)  # the latter: put in by torch.func
-    return type(module) in (nn.Linear, ResidualLinear) and is_plain_weight and not is_hooked
+    return not any(hooks) and "forward" not in vars(module)  # accelerate, for one, replaces `forward` on the instance

@@ -44,8 +44,8 @@ def checkpoint(tmp_path, canary):
     def make(family="zoo_gpt", shards=False):
         folder = tmp_path / f"{family}-{shards}"
         shutil.copytree(FIXTURES / family, folder)
-        for name in ("inputs", "outputs"):
-            (folder / f"{name}.safetensors").unlink()
+        for name in ("inputs", "outputs", "generated"):
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
         if shards:
             hf_models_class(folder).from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
             (folder / WEIGHTS).unlink()

@@ -26,7 +26,8 @@ from training.hub.finish import finish
 from training.images.arguments import ImageArguments
 from training.images.batches import channel_statistics
 from training.images.validation import finish_measuring
-from training.models import create_image_model, describe, edges_of, is_checkpoint, normalisation_of, starting_config
+from training.models import create_image_model, describe, is_checkpoint, starting_config
+from training.processors import edges_of, normalisation_of
 from training.run.arguments import option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train

@@ -25,14 +25,8 @@ from training.images.read import ImageData, read_images
 from training.images.rows import ImageRows
 from training.images.stream import ROWS_PER_SHARD
 from training.images.validation import ClassValidation, ReconstructionValidation, finish_measuring
-from training.models import (
-    create_image_model,
-    create_image_processor,
-    describe,
-    is_checkpoint,
-    normalisation_of,
-    starting_config,
-)
+from training.models import create_image_model, describe, is_checkpoint, starting_config
+from training.processors import create_image_processor, normalisation_of
 from training.run.arguments import one_line, option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train

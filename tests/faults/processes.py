@@ -258,11 +258,18 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def in_a_process(action) -> int:
-    """Runs `action` in a forked process; how that ended: 0, or minus the signal that killed it."""
-    process = multiprocessing.get_context("fork").Process(target=action)
+def in_a_process(action, *arguments, method: str = "fork") -> int:
+    """Runs `action` in a process of its own; how that ended: 0, or minus the signal that killed it.
+
+    Args:
+        method: "fork" runs any function. Where torch sees an accelerator, a fork of a process that has computed
+            gradients cannot compute any; "forkserver" forks a process that has computed nothing, and runs a function
+            of a module with arguments that can be pickled.
+    """
+    process = multiprocessing.get_context(method).Process(target=action, args=arguments)
     process.start()
     process.join()
+    assert process.exitcode <= 0, f"the process failed with exit code {process.exitcode}; its traceback is above"
     return process.exitcode
 
 

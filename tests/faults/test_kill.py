@@ -20,6 +20,9 @@ from tests.faults.processes import (
     wait_for,
 )
 
+# These tests share the run that nothing disturbed, so one worker runs them all.
+pytestmark = pytest.mark.xdist_group("faults")
+
 PLACES = {
     "mid-step": ("kill:update:10", ["step-000006"]),
     "mid-save, between two written files": ("kill:file:5", ["step-000006"]),

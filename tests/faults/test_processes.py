@@ -21,6 +21,8 @@ from tests.faults.processes import (
     read_metrics,
 )
 
+pytestmark = pytest.mark.xdist_group("processes")  # these tests share one run, so one worker runs them all
+
 CONFIGURATIONS = sorted((REPOSITORY / "training" / "accelerate").glob("*.yaml"))
 EVERY_STEP = {"log_every": 1}
 FSDP2 = {  # what the launcher makes of fsdp2_cpu.yaml
@@ -197,9 +199,10 @@ def test_bf16_with_gradient_checkpointing_keeps_losses_in_float32(trainers, tmp_
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_steps": 4, "script": script}
     options |= EVERY_STEP
     if processes == 1:
-        trainers.run(tmp_path / "run", **options)
+        runs = [trainers.run(tmp_path / "run", **options)]
     else:
-        trainers.run_ranks(tmp_path / "run", processes, env=environment, **options)
+        runs = trainers.run_ranks(tmp_path / "run", processes, env=environment, **options)
+    assert not any("FutureWarning" in run.errors for run in runs)
     values = torch.tensor(losses(tmp_path / "run"))
     assert len(values) == 4 and values.isfinite().all()
     assert not torch.equal(values, values.bfloat16().float()), "the losses were rounded to bfloat16"

@@ -9,6 +9,8 @@ import pytest
 
 from tests.faults.processes import assert_same_result, checkpoint_names, children, files, is_alive, wait_for
 
+pytestmark = pytest.mark.xdist_group("faults")  # see test_kill.py
+
 # ---- signals ----
 
 

@@ -58,8 +58,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, pipeline  # noqa: E402
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoTokenizer, pipeline  # noqa: E402
 from transformers.models.auto.auto_factory import _BaseAutoBackboneClass  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 PIPELINES = {
     "ForCausalLM": ("text-generation", "to be", {"max_new_tokens": 3}),
@@ -121,9 +122,13 @@ def check(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(source, **which)
         assert tokenizer("to be").input_ids == expected["text"].tolist()
     else:
-        processor = AutoImageProcessor.from_pretrained(source, **which)
         with Image.open(folder / "picture.png") as picture:
-            assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+            for backend in (None, "pil", "torchvision"):
+                processor = AutoImageProcessor.from_pretrained(source, backend=backend, **which)
+                assert type(processor).__module__.split(".")[-1] == "image_processing"
+                assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+        processor.save_pretrained(again)
+        assert (again / "image_processing.py").read_bytes() == (folder / "image_processing.py").read_bytes()
     for ending, (task, given, settings) in PIPELINES.items():
         if architecture.endswith(ending):
             use = pipeline(task, model=source, device="cpu", **which, **settings)

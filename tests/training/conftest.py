@@ -3,7 +3,7 @@ import pytest
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from tests.training.corpora import LINES, write_jsonl, write_text
 from training.data.documents import read_documents
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from PIL import Image
 from hf_models import ZooGPTModel, ZooViTMAEForPreTraining
 from tests.training.runs import TRAINING, write_metrics
 from training import draw
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 
 
 @pytest.fixture
@@ -68,12 +68,13 @@ def test_a_detr_of_grey_images_is_drawn_on_digits(run, make_detr, tmp_path):
     assert run(make_detr(num_channels=1))[0] == [*DETR_FIGURES, "query_slots"]
 
 
-def test_a_stock_detr_is_drawn(run, detection_processor, tmp_path):
+def test_a_stock_detr_is_drawn(run, tmp_path):
     resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     backbone = transformers.ResNetConfig(**resnet, out_features=["stage2"])
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
-    detection_processor.save_pretrained(tmp_path / "checkpoint")
+    stock = transformers.DetrImageProcessorPil(size={"shortest_edge": 40, "longest_edge": 100})
+    stock.save_pretrained(tmp_path / "checkpoint")
     config = transformers.DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes)
     assert run(transformers.DetrForObjectDetection(config))[0] == DETR_FIGURES
 

@@ -4,7 +4,7 @@ from PIL import Image
 from hf_models import ZooViTConfig, ZooViTForImageClassification
 from tests.training.images.test_features import SIZE, TINY, make_mae
 from training import probe
-from training.models import create_image_processor
+from training.processors import create_image_processor
 
 
 @pytest.mark.parametrize("kind", ["mae", "vit"])

@@ -1,8 +1,8 @@
-"""Where texts come from: CPython's own documentation, local files, a Hub data set, a stream.
+"""Reads texts: CPython's own documentation, local files, a Hub data set, a stream.
 
-`read_documents` turns the value of `--data` into a `Corpus`: documents for training, documents for validation, and
-a fingerprint of both. Texts are taken exactly as they are (UTF-8; line ends, spaces and case kept); only empty
-documents are left out.
+`read_documents` turns the value of `--data` into a `Corpus`: documents to train on, documents to validate on, and a
+fingerprint of both. Texts stay exactly as they are (UTF-8; line ends, spaces and case); only empty documents are left
+out.
 """
 
 import gzip
@@ -23,9 +23,10 @@ from training.data.sources import load_hub, split_of
 
 
 class Documents:
-    """Texts in a fixed order, read anew at every iteration, so that a corpus may be larger than memory.
+    """Texts in a fixed order, read anew in every iteration, so that a corpus may be larger than memory.
 
-    `read(first)` opens the texts from number `first` on, counted from 0.
+    Args:
+        read: opens the texts from number `first` on, counted from 0.
     """
 
     def __init__(self, read: Callable[[int], Iterable[str]]):
@@ -35,23 +36,24 @@ class Documents:
         return iter(self._read(0))
 
     def skip(self, count: int) -> Iterator[str]:
+        """Iterates over the texts behind the first `count`."""
         return iter(self._read(count))
 
     @classmethod
     def of(cls, open_texts: Callable[[], Iterable[str]]) -> "Documents":
-        """The texts that `open_texts()` iterates over, without the empty ones."""
+        """Makes documents of the texts that `open_texts()` iterates over, without the empty ones."""
         return cls(lambda first: islice(filter(None, open_texts()), first, None))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What `--data` names: two splits and where they come from. The sizes are None for a stream."""
+    """The data that `--data` names: two splits and where they come from. Sizes are None for a stream."""
 
     train: Documents
     validation: Documents
-    fingerprint: str  # sha256 over every document and the way they were split
+    fingerprint: str  # covers every document and the split
     source: str
-    license: str | None = None  # an SPDX name where it is known
+    license: str | None = None  # an SPDX name, if it is known
     num_documents: int | None = None
     num_bytes: int | None = None  # of UTF-8
     streamed: bool = False
@@ -60,16 +62,19 @@ class Corpus:
 def read_documents(
     data: str, *, text_column: str = "text", validation_fraction: float = 0.1, streaming: bool = False
 ) -> Corpus:
-    """The corpus that `data` names.
+    """Reads the corpus that `data` names.
 
-    data: "embedded"; a .txt (one document), .jsonl or .parquet file (one document a row; .txt.gz and .jsonl.gz too);
-        a folder of such files, in which names like train*, valid* or dev*, and test* give the splits (test is left
-        out); or a Hub data set, "name" or "name:config".
-    validation_fraction: held out where the data has no validation split. A single document is cut: its last
-        characters validate. Of several, those with the smallest sha256 are held out, so that neither their order
-        nor duplicates matter.
-    streaming: read a Hub data set while it downloads, see `stream_corpus`.
-    Raises ValueError for what is missing, empty or broken, naming it.
+    Args:
+        data: "embedded"; a .txt (one document), .jsonl or .parquet file (one document a row; .txt.gz and .jsonl.gz
+            too); a folder of such files, whose names give the splits (train*, valid* or dev*, and test*, which is left
+            out); or a Hub data set, "name" or "name:config".
+        text_column: the column of texts in .jsonl and .parquet files and Hub data sets.
+        validation_fraction: the part to hold out where the data has no validation split. The last characters of a
+            single document validate; for several documents see `hold_out`.
+        streaming: whether to read a Hub data set while it downloads, see `stream_corpus`.
+
+    Raises:
+        ValueError: something is missing, empty or broken; the message names it.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
@@ -82,7 +87,7 @@ def read_documents(
         return _split(Documents.of(embedded_documents), None, validation_fraction, source, "PSF-2.0")
     if is_local:
         corpus = _split(*_local_splits(path, text_column), validation_fraction, data)
-        return replace(corpus, source=path.resolve().name)  # errors name the path; a published result need not
+        return replace(corpus, source=path.resolve().name)  # errors name the whole path, results only its name
     return _hub_corpus(data, text_column, validation_fraction, streaming)
 
 
@@ -103,7 +108,7 @@ def _local_splits(path: Path, text_column: str) -> tuple[Documents, Documents | 
 
 
 def _file_kind(path: Path) -> str:
-    """One of ".txt", ".jsonl" and ".parquet"; "" for a file of another kind."""
+    """The kind of a file: ".txt", ".jsonl" or ".parquet"; "" for another kind."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     return suffix if suffix in (".txt", ".jsonl", ".parquet") else ""
 
@@ -118,7 +123,7 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
         if _file_kind(path) == ".txt":
-            with open_file(path, "rt", encoding="utf-8", newline="") as file:  # newline="": line ends stay as they are
+            with open_file(path, "rt", encoding="utf-8", newline="") as file:  # newline="" keeps line ends
                 yield file.read()
         elif _file_kind(path) == ".jsonl":
             with open_file(path, "rb") as file:
@@ -176,10 +181,11 @@ def _hub_corpus(data: str, text_column: str, validation_fraction: float, streami
 def stream_corpus(
     train, validation=None, *, text_column: str = "text", source: str, num_held_out: int = 1000
 ) -> Corpus:
-    """A corpus from a `datasets.IterableDataset`, for what is larger than the disk: train with `StreamedTokens`.
+    """Makes a corpus of a `datasets.IterableDataset`, which may be larger than the disk; `StreamedTokens` trains on it.
 
-    Validation is the first `num_held_out` documents of `validation`, or of `train`, which then goes on behind them.
-    The fingerprint covers the name and these documents, since nobody has seen the others yet.
+    The first `num_held_out` documents of `validation` validate; without it the first documents of `train` do, and
+    training begins behind them. The fingerprint covers the name and these documents, because the others have not
+    arrived yet.
     """
     held_out = (train if validation is None else validation).take(num_held_out)
     if validation is None:
@@ -199,7 +205,7 @@ def stream_corpus(
 def _split(
     train: Documents, validation: Documents | None, fraction: float, source: str, license: str | None = None
 ) -> Corpus:
-    """Fingerprint the documents, and hold some out for validation where there is no split for it."""
+    """Fingerprints the documents, and holds some out if there is no validation split."""
     keys, digest, num_bytes = _digest(train, source)
     num_documents = len(keys)
     if num_documents == 0:
@@ -228,7 +234,7 @@ def _split(
 
 
 def _digest(documents: Iterable[str], source: str) -> tuple[array, str, int]:
-    """The `key_of` each document, the sha256 over all of them, and their UTF-8 bytes."""
+    """Computes the `key_of` each document, the sha256 over all documents, and their UTF-8 bytes."""
     keys, num_bytes = array("Q"), 0
 
     def digests() -> Iterator[bytes]:

@@ -1,9 +1,9 @@
-"""Rows and columns from files and the Hub, for tasks with labels: every column in memory, every row with an address.
+"""Reads tables from files and the Hub for tasks with labels. Columns are in memory, and every row has an address.
 
     train, validation = read_tables("reviews/")  # train.csv and dev.csv in a folder
     train.column("label")[4], train.where(4)  # ("1", "reviews/train.csv, row 5")
 
-Values stay as they are written: nothing is guessed from a column, and "NA" is a text.
+Values stay as they are written: no type is guessed, and "NA" is a text.
 """
 
 import csv
@@ -21,10 +21,10 @@ from training.data.sources import load_hub, split_of
 
 @dataclass
 class Table:
-    """Columns of equal length. A Hub data set also says what its class ids are called."""
+    """Columns of equal length. A Hub data set also names its classes."""
 
     columns: Mapping[str, Any]
-    parts: list[tuple[str, int]]  # the files it was read from, and the rows of each
+    parts: list[tuple[str, int]]  # the files that it comes from, and the number of rows of each
     class_names: dict[str, list[str]] = field(default_factory=dict)
     version: str = ""  # of SQuAD's format
     license: str | None = None
@@ -33,14 +33,18 @@ class Table:
         return sum(size for _, size in self.parts)
 
     def column(self, name: str, option: str) -> list:
-        """The values of a column; raises ValueError naming the columns there are and the option that chooses one."""
+        """The values of a column.
+
+        Raises:
+            ValueError: there is no such column; the message lists the columns and names the option that chooses one.
+        """
         if name not in self.columns:
             source = self.parts[0][0]
             raise ValueError(f"{source}: no column {name!r}; choose one of {sorted(self.columns)} with --{option}")
         return list(self.columns[name])
 
     def where(self, row: int) -> str:
-        """The address of a row, counted from 0, for an error: its file, and its number there, counted from 1."""
+        """The address of a row for error messages: its file and its number there, from 1. `row` counts from 0."""
         for source, size in self.parts:
             if row < size:
                 return f"{source}, row {row + 1}"
@@ -49,12 +53,16 @@ class Table:
 
 
 def read_tables(data: str, validation_data: str | None = None) -> tuple[Table, Table | None]:
-    """The training part of what `data` names, and its validation part where there is one.
+    """Reads the training part of what `data` names, and its validation part if it has one.
 
-    data: a .csv, .tsv, .json, .jsonl, .parquet or CoNLL (.txt, .conll) file, a folder of them whose names begin with
-        the split (train*, and val* or dev*; test* is left out), or a Hub data set, "name" or "name:config".
-    validation_data: another file to validate on.
-    Raises ValueError for what is missing, broken or ambiguous, naming it.
+    Args:
+        data: a .csv, .tsv, .json, .jsonl, .parquet or CoNLL (.txt, .conll) file; a folder of such files whose names
+            begin with the split (train*, and val* or dev*; test* is left out); or a Hub data set, "name" or
+            "name:config".
+        validation_data: another file to validate on.
+
+    Raises:
+        ValueError: something is missing, broken or ambiguous; the message names it.
     """
     path = Path(data).expanduser()
     if not path.exists():
@@ -71,7 +79,11 @@ def read_tables(data: str, validation_data: str | None = None) -> tuple[Table, T
 
 
 def read_hub(data: str, validation_split: str = "validation") -> tuple[Table, Table | None]:
-    """The splits of a Hub data set. Raises ValueError if it cannot be loaded or has nothing to train on."""
+    """Reads the splits of a Hub data set.
+
+    Raises:
+        ValueError: the data set cannot be loaded or has no split to train on.
+    """
     import datasets
 
     splits = load_hub(data)
@@ -90,7 +102,7 @@ def read_hub(data: str, validation_split: str = "validation") -> tuple[Table, Ta
 
 
 def read_embedded(num_classes: int = 10) -> Table:
-    """Docstrings of CPython's standard library, and the package that each is from, for the largest packages."""
+    """Reads the docstrings of the largest packages of CPython's standard library, each labelled with its package."""
     packages: dict[str, list[str]] = {}
     for module, docstrings in embedded_docstrings():
         if "/" in module:
@@ -122,7 +134,7 @@ def _read_folder(folder: Path) -> tuple[Table, Table | None]:
 
 
 def _read_files(files: list[Path]) -> Table:
-    """One table of all rows of the files, which must have the same columns."""
+    """Reads files that have the same columns into one table."""
     columns: dict[str, list] = {}
     parts, version = [], ""
     for file in files:
@@ -147,11 +159,11 @@ def _read_files(files: list[Path]) -> Table:
 
 
 def _read_csv(path: Path) -> tuple[list[dict], str]:
-    """Tab-separated values are taken as GLUE's: a quote is a character like any other."""
+    """Reads a file of values separated by commas, or by tabs as in GLUE, where a quote is a normal character."""
     is_tabbed = path.suffix == ".tsv"
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tabbed else {"strict": True}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(sys.maxsize)  # by default a field of 131,072 characters is an error
+        csv.field_size_limit(sys.maxsize)  # the default refuses fields of 131,072 characters
         lines = csv.reader(file, **form)
         header = next(lines, [])
         if len(set(header)) < len(header):
@@ -165,7 +177,7 @@ def _read_csv(path: Path) -> tuple[list[dict], str]:
 
 
 def _read_json(path: Path) -> tuple[list[dict], str]:
-    """A list of objects, an object with such a list as "data" (SQuAD's files), or an object on each line."""
+    """Reads a list of objects, an object with such a list as "data" (SQuAD's files), or an object on each line."""
     text = path.read_text(encoding="utf-8-sig")
     version = ""
     try:
@@ -191,7 +203,7 @@ def _json_line(line: str, where: str) -> Any:
 
 
 def _squad_rows(entry: dict) -> list[dict]:
-    """SQuAD's nested form, article > paragraph > question, as rows; a row that is flat already stays."""
+    """Turns SQuAD's nested form, article > paragraph > question, into rows; a flat row stays as it is."""
     if not isinstance(entry, dict) or "paragraphs" not in entry:
         return [entry]
     return [
@@ -212,7 +224,7 @@ def _read_parquet(path: Path) -> tuple[list[dict], str]:
 
 
 def _read_conll(path: Path) -> tuple[list[dict], str]:
-    """One word a line with its tag in the last of the columns; an empty line ends a sentence."""
+    """Reads a word and its tag, in the last column, from each line; an empty line ends a sentence."""
     rows: list[dict] = []
     words, tags = [], []
     for number, line in enumerate([*path.read_text(encoding="utf-8-sig").splitlines(), ""], start=1):
@@ -228,7 +240,7 @@ def _read_conll(path: Path) -> tuple[list[dict], str]:
     return rows, ""
 
 
-# From a file to its rows and, if it is SQuAD's, the version of its format.
+# Each returns the rows of a file and, for SQuAD's files, the version of their format.
 READERS = {
     ".csv": _read_csv,
     ".tsv": _read_csv,

@@ -1,11 +1,11 @@
-"""Images with boxes as the loop asks for them: changed at random, padded to one size, decoded ahead of time.
+"""Batches of images with boxes: changed at random, padded to one size, decoded ahead of time.
 
     transform = DetectionTransform(seed=0, global_batch_size=16, mean=[0.5], std=[0.25], shortest_edge=480, flip=0.5)
     data = DetectionBatches(rows, transform, max_steps=1000, config=model.config)
     inputs = data.augment(data.batch(step=0, positions=range(0, 8)))
 
-What is random is drawn for each image from (seed, step, position in the global batch), and images are padded to what
-the largest of the global batch needs, so that micro-batches, processes and resuming change nothing.
+Augmentation depends only on seed, step and position in the global batch, and images are padded to the largest size in
+the global batch, so that micro-batches, processes and resuming change nothing.
 
 Dimensions: B images, C channels, H and W of the batch, h and w of an image in it, n boxes, G groups for denoising.
 """
@@ -26,28 +26,31 @@ from training.run.arguments import bounded, check_bounds
 from training.run.seeds import generator
 
 STREAMS = {"scale": 1, "image": 2, "noise": 3}  # a number for each kind of draw
-NUM_CROPS = 8  # to choose from, in search of one with a box
-CROP_RATIO = 3 / 4  # least width / height of a crop, as a multiple of the image's
+NUM_CROPS = 8  # the first of these with a box in it is taken
+CROP_RATIO = 3 / 4  # smallest width / height of a crop, as a multiple of the image's
 
 
 @dataclass(kw_only=True)
 class DetectionTransform:
-    """How images are resized and changed at random; with the defaults, only half of them are mirrored.
+    """Resizes images and changes them at random; with the defaults, half of them are mirrored and nothing else changes.
 
-    mean, std: of each channel, as fractions of 255; the result is (pixels / 255 - mean) / std.
-    shortest_edge, longest_edge: an image's shorter side gets `shortest_edge` pixels, unless the longer one would get
-        more than `longest_edge`, which it then gets (as the processor of stock DETR). None: images keep their size.
-    scale_jitter: the shorter side is from (1 - scale_jitter) to 1 times `shortest_edge`, one for all images of a step,
-        so that none is padded for another; 0.4 gives the paper's 480 to 800.
-    crop: probability of a random crop, which keeps part of an image's area and a width / height within 4/3 of its own.
-        It is made before resizing, so that what it shows gets larger. Boxes are cut at its border.
-    crop_scale: least part of the area that a crop keeps.
-    crop_visible: boxes of which a crop shows less than this part are left out. No crop leaves out all boxes.
-    flip: probability of a mirror image.
-    color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
-    pad_to: H and W are multiples of this.
+    Args:
+        mean, std: of each channel, as fractions of 255; the result is (pixels / 255 - mean) / std.
+        shortest_edge, longest_edge: an image's shorter side gets `shortest_edge` pixels; if the longer side would then
+            have more than `longest_edge`, it gets `longest_edge` (as the processor of stock DETR). None: images keep
+            their size.
+        scale_jitter: the shorter side is from (1 - scale_jitter) to 1 times `shortest_edge`, the same for all images of
+            a step, so that little is padded; 0.4 gives the paper's 480 to 800.
+        crop: probability of a random crop, which keeps part of an image's area and a width / height within 4/3 of its
+            own. The crop is made before resizing, so that it enlarges objects. Boxes are cut at its border.
+        crop_scale: smallest part of the area that a crop keeps.
+        crop_visible: boxes of which a crop shows less than this part are left out. No crop leaves out all boxes.
+        flip: probability of a mirror image.
+        color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
+        pad_to: H and W are multiples of this.
 
-    Raises ValueError naming the option that is out of its range.
+    Raises:
+        ValueError: an option is out of its range.
     """
 
     seed: int
@@ -73,17 +76,19 @@ class DetectionTransform:
         self._mean, self._std = (torch.tensor(values)[:, None, None] * 255 for values in (self.mean, self.std))
 
     def draw_scale(self, step: int) -> float:
-        """What `shortest_edge` is multiplied by in this step."""
+        """Draws the factor of `shortest_edge` in this step."""
         uniform = generator(self.seed, step, STREAMS["scale"]).random()
         return 1 - self.scale_jitter * uniform
 
     def draw(self, step: int, position: int) -> np.ndarray:
-        """Uniform numbers for everything else that is random about an image: as many for every image, so that no
-        option changes what another one draws."""
+        """Draws the uniform numbers for all other changes of an image.
+
+        Their count is always the same, so that no option changes the numbers of another.
+        """
         return generator(self.seed, step, position, STREAMS["image"]).random(5 + 4 * NUM_CROPS)
 
     def size(self, height: float, width: float, scale: float = 1.0) -> tuple[int, int]:
-        """Height and width to which an image, or a part of one, is resized: never less than a pixel."""
+        """Height and width, at least one pixel each, to which an image or a part of one is resized."""
         if self.shortest_edge is None:
             return max(1, round(height * scale)), max(1, round(width * scale))
         short, long = min(height, width), max(height, width)
@@ -95,8 +100,8 @@ class DetectionTransform:
         edge = max(1, edge)
         return (edge, other) if height <= width else (other, edge)
 
-    def place(self, rows: DetectionRows, index: int, uniforms: np.ndarray | None, scale: float = 1.0) -> "Placed":
-        """What becomes of this image; without random numbers it is only resized."""
+    def plan(self, rows: DetectionRows, index: int, uniforms: np.ndarray | None, scale: float = 1.0) -> "ImagePlan":
+        """Plans the changes of an image; without random numbers it is only resized."""
         height, width = rows.sizes[index].tolist()
         corners, classes = rows.boxes(index), rows.classes(index)
         box, is_mirrored, colour = np.array([0.0, 0.0, 1.0, 1.0]), False, np.ones(3)
@@ -113,14 +118,18 @@ class DetectionTransform:
         if is_mirrored:
             corners = corners.copy()
             corners[:, [0, 2]] = 1 - corners[:, [2, 0]]
-        return Placed(box, self.size(height * box[3], width * box[2], scale), is_mirrored, colour, corners, classes)
+        return ImagePlan(box, self.size(height * box[3], width * box[2], scale), is_mirrored, colour, corners, classes)
 
     def _crops(self, uniforms: np.ndarray) -> np.ndarray:
-        """Left, top, width and height (NUM_CROPS, 4), as fractions, of crops to choose from."""
+        """Left, top, width and height (NUM_CROPS, 4) of possible crops, as fractions."""
         return rectangles(uniforms, (self.crop_scale, 1), (CROP_RATIO, 1 / CROP_RATIO), 1.0).T
 
     def _cut(self, corners: np.ndarray, crop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The boxes (n, 4) as fractions of the crop, and which of them (n,) are still enough to see."""
+        """Cuts boxes at the border of a crop.
+
+        Returns:
+            The boxes (n, 4) as fractions of the crop, and which of them (n,) show enough to be kept.
+        """
         inside = (corners - crop[[0, 1, 0, 1]]) / crop[[2, 3, 2, 3]]
         cut = inside.clip(0, 1)
         area, visible = ((box[:, 2:] - box[:, :2]).clip(0).prod(1) for box in (inside, cut))
@@ -128,14 +137,22 @@ class DetectionTransform:
 
     def load(
         self, rows: DetectionRows, indices: np.ndarray, uniforms: list[np.ndarray] | None, scale=1.0, smallest=(1, 1)
-    ) -> tuple[np.ndarray, list["Placed"], dict[str, Any]]:
-        """The numbers of the images, what became of each, and a batch of them, of at least the height and width
-        `smallest`; see `DetectionBatches.batch`."""
-        placed: list[Placed] = [None] * len(indices)
+    ) -> tuple[np.ndarray, list["ImagePlan"], dict[str, Any]]:
+        """Loads images into a batch.
 
-        def view(place: int, index: int):
-            placed[place] = self.place(rows, index, None if uniforms is None else uniforms[place], scale)
-            return placed[place].box, placed[place].size
+        Args:
+            uniforms: the random numbers of each image, from `draw`; None: images are only resized.
+            scale: the factor of `shortest_edge`, from `draw_scale`.
+            smallest: least height and width of the batch.
+
+        Returns:
+            The numbers of the images that were loaded, the plan of each, and the batch; see `DetectionBatches.batch`.
+        """
+        plans: list[ImagePlan] = [None] * len(indices)
+
+        def view(position: int, index: int):
+            plans[position] = self.plan(rows, index, None if uniforms is None else uniforms[position], scale)
+            return plans[position].box, plans[position].size
 
         images, used = rows.load(indices, view)
         sizes = np.array([image.shape[1:] for image in images])
@@ -143,16 +160,22 @@ class DetectionTransform:
         pixels = torch.zeros(len(images), images[0].shape[0], height, width, dtype=torch.uint8)
         mask = torch.zeros(len(images), height, width, dtype=torch.bool)
         for number, (image, (h, w)) in enumerate(zip(images, sizes.tolist(), strict=True)):
-            pixels[number, :, :h, :w] = image.flip(2) if placed[number].is_mirrored else image
+            pixels[number, :, :h, :w] = image.flip(2) if plans[number].is_mirrored else image
             mask[number, :h, :w] = True
         names = [rows.source.name(index) for index in used.tolist()]
-        labels = [place.label() | {"image_id": name} for place, name in zip(placed, names, strict=True)]
-        return used, placed, {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
+        labels = [plan.label() | {"image_id": name} for plan, name in zip(plans, names, strict=True)]
+        return used, plans, {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
 
     def normalize(self, pixels: Tensor, mask: Tensor, colour: Tensor | None = None) -> Tensor:
-        """Images for the model, float32 (B, C, H, W), exactly 0 where the mask (B, H, W) says that there is none.
+        """Normalises a batch, and changes its colours.
 
-        pixels: uint8 (B, C, H, W), 0 there. colour: (B, 3), what brightness, contrast and saturation are multiplied by.
+        Args:
+            pixels: uint8 (B, C, H, W), 0 in the padding.
+            mask: (B, H, W), False in the padding.
+            colour: (B, 3), the factors of brightness, contrast and saturation.
+
+        Returns:
+            float32 (B, C, H, W), exactly 0 in the padding.
         """
         images = pixels.float()
         if colour is not None:
@@ -163,14 +186,14 @@ class DetectionTransform:
 
 
 @dataclass
-class Placed:
-    """What becomes of an image, and of its boxes."""
+class ImagePlan:
+    """The changes of an image, and its boxes after them."""
 
-    box: np.ndarray  # what is cut out: left, top, width, height as fractions of the image
-    size: tuple[int, int]  # height and width to which that is resized
+    box: np.ndarray  # the part that is cut out: left, top, width, height as fractions of the image
+    size: tuple[int, int]  # height and width to which that part is resized
     is_mirrored: bool
     colour: np.ndarray  # factors of brightness, contrast and saturation
-    corners: np.ndarray  # (n, 4), left, top, right, bottom as fractions of what was cut out
+    corners: np.ndarray  # (n, 4), left, top, right, bottom as fractions of the part that was cut out
     classes: np.ndarray  # (n,)
 
     def label(self) -> dict[str, Tensor]:
@@ -180,12 +203,13 @@ class Placed:
 
 
 class DetectionBatches:
-    """Training images, every epoch in a new order, and the random numbers of each: functions of the seed and the place
-    in the training.
+    """Training images as the loop asks for them, every epoch in a new order.
+
+    Order and random numbers depend only on the seed and the position in the training.
 
     Args:
-        max_steps: nothing is decoded ahead for steps behind the last one.
-        config: of the model, for what the loss counts and `num_denoising_groups`.
+        max_steps: the number of steps; nothing is decoded ahead for later ones.
+        config: the model's, which says what the loss counts and how many groups of noise it takes.
     """
 
     def __init__(self, rows: DetectionRows, transform: DetectionTransform, max_steps: int, config):
@@ -193,9 +217,15 @@ class DetectionBatches:
         self.ahead = Prefetcher()
 
     def batch(self, step: int, positions: range) -> dict[str, Any]:
-        """pixel_values uint8 (B, C, H, W), zero where pixel_mask (B, H, W), bool, is False; labels: for each image
-        class_labels (n,) int64, boxes (n, 4) float32, centre x and y, width and height as fractions of the image,
-        image_id, and noise (G, n, 5) where the model denoises; colour (B, 3) where colours are changed."""
+        """Loads the images at these positions of the global batch.
+
+        Returns:
+            pixel_values: uint8 (B, C, H, W), zero in the padding.
+            pixel_mask: bool (B, H, W), False in the padding.
+            labels: for each image class_labels (n,) int64; boxes (n, 4) float32, centre x and y, width and height as
+                fractions of the image; image_id; and noise (G, n, 5) if the model denoises.
+            colour: (B, 3), if colours are changed.
+        """
         batch = self.ahead.take((step, positions), self._load, step, positions)
         if step + 1 < self.max_steps:
             self.ahead.begin((step + 1, positions), self._load, step + 1, positions)
@@ -205,13 +235,13 @@ class DetectionBatches:
         rows, transform = self.rows, self.transform
         drawn = rows.global_batch(step, transform.global_batch_size, transform.seed)
         scale = transform.draw_scale(step)
-        # The size is that of the global batch as it is drawn, whatever images turn out to be bad.
+        # The size comes from the images that are drawn, even if some of them turn out to be bad and are replaced.
         uniforms = [transform.draw(step, position) for position in range(len(drawn))]
         sizes = [
-            transform.place(rows, index, numbers, scale).size for index, numbers in zip(drawn, uniforms, strict=True)
+            transform.plan(rows, index, numbers, scale).size for index, numbers in zip(drawn, uniforms, strict=True)
         ]
         mine = drawn[positions.start : positions.stop]
-        _, placed, batch = transform.load(
+        _, plans, batch = transform.load(
             rows, mine, uniforms[positions.start : positions.stop], scale, np.max(sizes, 0)
         )
         if self.config.num_denoising_groups:
@@ -220,11 +250,11 @@ class DetectionBatches:
                 random = generator(transform.seed, step, position, STREAMS["noise"])
                 label["noise"] = torch.from_numpy(random.random(shape, dtype=np.float32))
         if transform.color_jitter:
-            batch["colour"] = torch.from_numpy(np.stack([place.colour for place in placed])).float()
+            batch["colour"] = torch.from_numpy(np.stack([plan.colour for plan in plans])).float()
         return batch
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs, from a batch on the device."""
+        """Turns a batch on the device into the model's inputs."""
         mask = batch["pixel_mask"]
         images = self.transform.normalize(batch["pixel_values"], mask, batch.get("colour"))
         return {"pixel_values": images, "pixel_mask": mask, "labels": batch["labels"]}
@@ -242,9 +272,15 @@ class DetectionBatches:
 def evaluation_batches(
     rows: DetectionRows, transform: DetectionTransform, parts: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """For each of these parts of the images their numbers, and a batch of them, resized only, while the next one is
-    decoded: see `DetectionBatches.batch`. Where the numbers are not those of the part, an image was bad and another
-    one came in its place: leave it out."""
+    """Loads images that are only resized, while the next batch is decoded in the background.
+
+    Args:
+        parts: for each batch the numbers of its images.
+
+    Yields:
+        The numbers of the images that were loaded, and the batch (see `DetectionBatches.batch`). A number that differs
+        from the one asked for is that of an image that replaces a bad one; the caller leaves it out.
+    """
 
     parts = list(parts)
 

@@ -1,4 +1,4 @@
-"""Handwritten digits on canvases: images with exact boxes, made in a second and without a network."""
+"""Makes the embedded data with boxes: handwritten digits on canvases, with exact boxes, in a second."""
 
 import functools
 
@@ -11,7 +11,7 @@ from training.run.seeds import generator
 
 
 class Canvases(StoredImages):
-    """Images made here, as the content of files."""
+    """Canvases as the contents of image files."""
 
     def __init__(self, contents: list[bytes], numbers: np.ndarray | None = None):
         self.contents, self.num_bytes = contents, sum(map(len, contents))
@@ -32,8 +32,10 @@ class Canvases(StoredImages):
 
 @functools.cache
 def embedded_canvases(num_train: int = 1000, num_validation: int = 200) -> dict[str, BoxSet]:
-    """scikit-learn's handwritten digits on canvases: those of the training part on the ones to train on, the held-out
-    ones on the others. The same canvases at every call."""
+    """Puts scikit-learn's handwritten digits on canvases, the same ones at every call.
+
+    Training digits go on training canvases, and held-out digits on validation canvases.
+    """
     digits = embedded_digits()
     return {
         "train": digits_on_canvases(digits["train"], num_train, seed=0),
@@ -42,9 +44,12 @@ def embedded_canvases(num_train: int = 1000, num_validation: int = 200) -> dict[
 
 
 def digits_on_canvases(digits: ImageSet, count: int, seed: int) -> BoxSet:
-    """Grey canvases with sides of 64 to 96 pixels, each with one to six digits enlarged two- to fourfold (16 to 32
-    pixels), lighter than the noisy ground. A box is the smallest that holds all pixels of a digit with at least a
-    quarter of its ink. Boxes overlap by a tenth of the smaller one at most."""
+    """Makes grey canvases with sides of 64 to 96 pixels.
+
+    Each has one to six digits, enlarged two- to fourfold (16 to 32 pixels) and lighter than the noisy ground. A box is
+    the smallest that holds all pixels of a digit with at least a quarter of its ink. Two boxes overlap by at most a
+    tenth of the smaller one.
+    """
     random = generator(seed, count)
     contents, sizes, boxes = [], [], []
     for number in range(count):
@@ -54,7 +59,7 @@ def digits_on_canvases(digits: ImageSet, count: int, seed: int) -> BoxSet:
             chosen = int(random.integers(len(digits.images)))
             digit, tight = _enlarge(digits.images.pixels[chosen, 0], int(random.integers(16, 33)))
             strength = random.uniform(0.6, 1)
-            for _ in range(10):  # else there is no room for it
+            for _ in range(10):  # after ten tries the digit is left out
                 top, left = random.integers(0, [height - len(digit) + 1, width - len(digit) + 1])
                 corners = tuple((tight + [left, top, left, top]).tolist())
                 if all(_overlap(corners, other.corners) <= 0.1 for other in placed):
@@ -72,13 +77,13 @@ def digits_on_canvases(digits: ImageSet, count: int, seed: int) -> BoxSet:
 
 
 def _enlarge(digit: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ink from 0 to 1, (side, side), and the box around it."""
+    """Enlarges a digit. Returns its ink (side, side), from 0 to 1, and the box around it."""
     ink = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
     rows, columns = (np.flatnonzero((ink >= 0.25).any(axis)) for axis in (1, 0))
     return ink, np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
 def _overlap(a: tuple, b: tuple) -> float:
-    """The part of the smaller box that lies in the other."""
+    """The fraction of the smaller box that lies in the other."""
     across, down = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
     return across * down / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))

@@ -1,4 +1,4 @@
-"""Images with boxes from a data set of the `datasets` library: a column of images, and one of the objects in each."""
+"""Reads boxes from a data set of the `datasets` library: a column of images, and a column of the objects in each."""
 
 import numpy as np
 
@@ -11,10 +11,13 @@ LABEL_KEYS = ("category", "label", "category_id", "labels", "categories", "class
 
 
 def read_objects(dataset, source: str, image_column: str, objects_column: str, box_format: str = "xywh") -> BoxSet:
-    """One split of a data set with a column of images and one of objects: of each its bbox in pixels, in one of
-    `BOX_FORMATS`, and its category (a class, a number or a name); area and iscrowd where they are there.
+    """Reads one split of a data set with a column of images and a column of objects.
 
-    Raises ValueError naming the column that is missing or holds something else, or the row that is wrong.
+    An object has a bbox in pixels, in one of `BOX_FORMATS`, and a category (a class, a number or a name); it may have
+    area and iscrowd.
+
+    Raises:
+        ValueError: a column is missing or holds something else, or a row is wrong; the message names it.
     """
     import datasets
 
@@ -32,12 +35,12 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str, b
     kind = kinds[label_key]
     class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     boxes = []
-    for place, found in enumerate(dataset[objects_column]):
+    for index, found in enumerate(dataset[objects_column]):
         if found is None:
             continue
-        objects = found if isinstance(found, list) else _rows_of(found, box_key, f"{source}, row {place + 1}")
+        objects = found if isinstance(found, list) else _rows_of(found, box_key, f"{source}, row {index + 1}")
         for item in objects:
-            where = f"{source}, row {place + 1}"
+            where = f"{source}, row {index + 1}"
             left, top, right, bottom = numbers(item[box_key], 4, f"{where}: {box_key}")
             if box_format == "xywh":
                 right, bottom = left + right, top + bottom
@@ -46,7 +49,7 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str, b
                 raise ValueError(f"{where}: a box without {label_key}")
             boxes.append(
                 Box(
-                    place,
+                    index,
                     str(label) if class_names is None else name_of(label, class_names, where),
                     (left, top, right, bottom),
                     None if area is None else numbers([area], 1, f"{where}: area")[0],
@@ -65,7 +68,7 @@ def read_objects(dataset, source: str, image_column: str, objects_column: str, b
 
 
 def _object_features(feature) -> dict:
-    """The fields of an object: of a list of objects, or of an object of lists, as `datasets` turns the former into."""
+    """The fields of an object. The column holds lists of objects, or objects of lists, as `datasets` may store them."""
     import datasets
 
     if isinstance(feature, datasets.List | datasets.LargeList):
@@ -77,6 +80,7 @@ def _object_features(feature) -> dict:
 
 
 def _rows_of(objects: dict[str, list | None], box_key: str, where: str) -> list[dict]:
+    """Turns an object of lists into a list of objects."""
     count = len(objects[box_key] or [])
     columns = {key: values for key, values in objects.items() if values}
     if uneven := next((key for key, values in columns.items() if len(values) != count), None):

@@ -1,6 +1,6 @@
-"""Where boxes are written down: in COCO's JSON, in Pascal VOC's XML, in YOLO's text.
+"""Reads boxes in the formats of COCO (JSON), Pascal VOC (XML) and YOLO (text).
 
-Every reader returns a `BoxSet` for each split that it is asked for. Nothing is decoded here.
+A reader returns a `BoxSet` for one split. Nothing is decoded here.
 """
 
 import json
@@ -20,13 +20,13 @@ from training.images.formats import IMAGE_SUFFIXES, ImageFiles, StoredImages
 
 
 class Box(NamedTuple):
-    """An object as it is annotated."""
+    """An annotated object."""
 
-    image: int  # its place in the `BoxSet`
+    image: int  # its index in the `BoxSet`
     label: str
     corners: tuple[float, float, float, float]  # left, top, right, bottom
-    area: float | None = None  # in pixels, where it is not that of the box
-    is_crowd: bool = False  # many objects in one box, neither to be found nor to be blamed for being found
+    area: float | None = None  # of the object in pixels; None: that of the box
+    is_crowd: bool = False  # many objects in one box; whether a model finds it does not count
     is_difficult: bool = False
 
 
@@ -35,18 +35,18 @@ class BoxSet:
     """The images of one split, their sizes and their boxes, both as they are annotated."""
 
     images: StoredImages
-    sizes: np.ndarray  # (N, 2), height and width; 0 where nothing is written
+    sizes: np.ndarray  # (N, 2), height and width; 0 where the data does not say
     boxes: list[Box]  # image after image
     image_ids: list[int | str]
-    class_names: list[str] | None = None  # in the order of their ids, where there is one
-    category_ids: list[int | str] | None = None  # what the file calls them
-    in_fractions: bool = False  # the corners, of width and height, not pixels
+    class_names: list[str] | None = None  # in the order of their ids, if the data has an order
+    category_ids: list[int | str] | None = None  # the data's own ids of the classes
+    in_fractions: bool = False  # whether corners are fractions of width and height, not pixels
     license: str | None = None
-    box_format: str | None = None  # one of `detection_columns.BOX_FORMATS`, where someone had to say which
+    box_format: str | None = None  # one of `columns.BOX_FORMATS`, for data that does not say it
 
     def select(self, indices: np.ndarray) -> "BoxSet":
-        place = {int(index): number for number, index in enumerate(indices)}
-        boxes = [box._replace(image=place[box.image]) for box in self.boxes if box.image in place]
+        new = {int(index): number for number, index in enumerate(indices)}
+        boxes = [box._replace(image=new[box.image]) for box in self.boxes if box.image in new]
         image_ids = [self.image_ids[index] for index in indices]
         rest = (self.class_names, self.category_ids, self.in_fractions, self.license, self.box_format)
         return BoxSet(self.images.select(indices), self.sizes[indices], boxes, image_ids, *rest)
@@ -56,8 +56,14 @@ Splits = dict[str, BoxSet]  # "train", and "val" or "test" where one of them is 
 
 
 def choose_splits(found: Container[str], wanted: str | None, source: object, trains: bool = True) -> list[str]:
-    """Those to read: "train", and where there are such to validate on: `wanted`, or else "val", or else "test". With
-    `trains` off only the latter, or else "train"."""
+    """Chooses the splits to read.
+
+    Args:
+        found: the splits of the data.
+        wanted: the split to validate on; None: "val", or else "test".
+        source: the data's name for errors.
+        trains: whether to read "train" too. Without it "train" is read only if there is no other split.
+    """
     if wanted is not None and wanted not in found:
         raise ValueError(f"{source} has no part {wanted!r}: choose another validation_split of {', '.join(found)}")
     held_out = [wanted] if wanted else [split for split in ("val", "test") if split in found][:1]
@@ -72,7 +78,7 @@ def choose_splits(found: Container[str], wanted: str | None, source: object, tra
 
 
 def find_coco(root: Path) -> dict[str, Path]:
-    """The annotation files under a folder, by split: annotations/instances_train2017.json, train/_annotations.json."""
+    """Finds annotation files by split, such as annotations/instances_train2017.json or train/_annotations.json."""
     found = sorted({*root.glob("*.json"), *root.glob("annotations/*.json"), *root.glob("*/_annotations*.json")})
     found = [path for path in found if path.name.startswith("instances")] or found
     by_split: dict[str, list[Path]] = {}
@@ -90,22 +96,24 @@ def find_coco(root: Path) -> dict[str, Path]:
 
 
 def read_coco(path: Path) -> BoxSet:
-    """One annotation file of COCO's format (Lin et al. 2014, "object instances"), and the images beside it.
+    """Reads one annotation file of COCO's format (Lin et al. 2014, "object instances"), and finds its images.
 
-    Classes get ids from 0 in the order of their category ids. Annotations need no id of their own. Raises ValueError
-    naming the file, and the line and column of broken JSON or the entry that is wrong.
+    Classes get ids from 0 in the order of their category ids. Annotations need no ids.
+
+    Raises:
+        ValueError: the JSON is broken or an entry is wrong; the message names file and line or entry.
     """
     content = _read_json(path)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{path}: no list {key!r}, as COCO's format has it")
-        for place, entry in enumerate(entries):
+        for index, entry in enumerate(entries):
             if not isinstance(entry, dict):
-                raise ValueError(f"{path}: {key}[{place}] must be an object, not {entry!r}")
+                raise ValueError(f"{path}: {key}[{index}] must be an object, not {entry!r}")
             if key != "annotations" and _id(entry, "id") is None:
                 raise ValueError(
-                    f"{path}: {key}[{place}] needs an id, a whole number or a text, not {entry.get('id')!r}"
+                    f"{path}: {key}[{index}] needs an id, a whole number or a text, not {entry.get('id')!r}"
                 )
     categories = {_id(entry, "id"): str(entry.get("name", _id(entry, "id"))) for entry in content["categories"]}
     images = {_id(entry, "id"): entry for entry in content["images"]}
@@ -119,21 +127,21 @@ def read_coco(path: Path) -> BoxSet:
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             raise ValueError(f"{path}: image {image_id} has no file_name")
         names.append(image["file_name"])
-    places = {image_id: place for place, image_id in enumerate(images)}
+    positions = {image_id: position for position, image_id in enumerate(images)}
     boxes: list[list[Box]] = [[] for _ in names]
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}, annotation {annotation['id']}" if "id" in annotation else f"{path}, annotations[{number}]"
         image_id, category_id = _id(annotation, "image_id"), _id(annotation, "category_id")
-        if image_id not in places:
+        if image_id not in positions:
             raise ValueError(f"{where}: there is no image {annotation.get('image_id')!r}; add it or remove this")
         if category_id not in categories:
             raise ValueError(f"{where}: there is no category {annotation.get('category_id')!r}; add it or remove this")
         left, top, width, height = numbers(annotation.get("bbox"), 4, f"{where}: bbox")
         area = annotation.get("area")
-        place = places[image_id]
-        boxes[place].append(
+        image = positions[image_id]
+        boxes[image].append(
             Box(
-                place,
+                image,
                 categories[category_id],
                 (left, top, left + width, top + height),
                 None if area is None else numbers([area], 1, f"{where}: area")[0],
@@ -158,7 +166,7 @@ def _id(entry: dict, key: str) -> int | str | None:
 
 
 def _whole(value: Any) -> Any:
-    """An int for a float that is one; anything else as it is."""
+    """Turns a float that is a whole number into an int; returns anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -179,7 +187,7 @@ def numbers(values: Any, count: int, where: str) -> list[float]:
 
 
 def size_of(entry: dict, where: str) -> tuple[int, int]:
-    """Height and width, or zeros."""
+    """Height and width of an entry; zeros if it does not say both."""
     size = _whole(entry.get("height")) or 0, _whole(entry.get("width")) or 0
     if not all(isinstance(side, int) and side >= 0 for side in size):
         raise ValueError(f"{where}: height and width must be whole numbers, not {size}")
@@ -187,7 +195,7 @@ def size_of(entry: dict, where: str) -> tuple[int, int]:
 
 
 def _folder_of_images(annotations: Path, names: list[str]) -> Path:
-    """Where the images lie: beside the annotations, or in a folder named like them or "images" nearby."""
+    """Finds the folder of the images: beside the annotations, or nearby with their name or the name "images"."""
     beside, split = annotations.parent, annotations.stem.removeprefix("instances_")
     roots = [beside, beside.parent] if beside.name == "annotations" else [beside]
     inner = ("", split, "images", f"images/{split}", split_of(split), f"images/{split_of(split)}", "JPEGImages")
@@ -204,8 +212,11 @@ def _folder_of_images(annotations: Path, names: list[str]) -> Path:
 
 
 def find_voc(root: Path) -> dict[str, list[Path]]:
-    """The annotation files by split: those that ImageSets/Main lists, or in folders train/, valid/ and test/, or all
-    to train on. Images in a list need no annotation."""
+    """Finds annotation files by split.
+
+    A split is a list in ImageSets/Main, or a folder train/, valid/ or test/; without either all files are to train on.
+    An image in a list needs no annotation.
+    """
     annotations, lists = root / "Annotations", root / "ImageSets" / "Main"
     if not any(annotations.glob("*.xml")):
         folders = sorted({path.parent for path in root.glob("*/*.xml") if split_of(path.parent.name)})
@@ -223,15 +234,18 @@ def find_voc(root: Path) -> dict[str, list[Path]]:
 
 
 def read_voc(root: Path, files: list[Path]) -> BoxSet:
-    """Annotation files of Pascal VOC's format (Everingham et al. 2010) and their images.
+    """Reads annotation files of Pascal VOC's format (Everingham et al. 2010), and finds their images.
 
-    Its pixels count from 1 and xmax and ymax are inside: a box reaches from xmin - 1 to xmax. One whose xmax is not
-    above its xmin has no area. Raises ValueError naming the file, and the line and column of broken XML.
+    Pixels are counted from 1, and xmax and ymax lie inside a box, so a box reaches from xmin - 1 to xmax. A box whose
+    xmax is not above its xmin has no area.
+
+    Raises:
+        ValueError: the XML is broken or an object is wrong; the message names file and line or object.
     """
     folder = root / "JPEGImages" if (root / "JPEGImages").is_dir() else None
     images: dict[Path, dict[str, str]] = {}  # of each folder, the file of each stem
     names, sizes, boxes = [], [], []
-    for place, path in enumerate(files):
+    for index, path in enumerate(files):
         beside = folder or path.parent
         if beside not in images:
             images[beside] = {name.stem: name.name for name in _images_in(beside)}
@@ -239,7 +253,7 @@ def read_voc(root: Path, files: list[Path]) -> BoxSet:
         name = images[beside].get(path.stem) or file_name or f"{path.stem}.jpg"
         names.append(str((beside / name).relative_to(root)))
         sizes.append(size)
-        boxes += [box._replace(image=place) for box in objects]
+        boxes += [box._replace(image=index) for box in objects]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
     return BoxSet(ImageFiles(names, root), sizes, boxes, [path.stem for path in files])
 
@@ -249,7 +263,7 @@ def _images_in(folder: Path) -> Iterator[Path]:
 
 
 def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
-    """The boxes, the name of the image, and its height and width."""
+    """Reads the boxes, the name of the image, and its height and width."""
     try:
         annotation = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -277,12 +291,16 @@ def _read_xml(path: Path) -> tuple[list[Box], str, tuple[int, int]]:
 
 
 def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None, int]:
-    """The folder of images, or the list of their files, of each split; the names of the classes; and how many numbers
-    say where an object's keypoints are.
+    """Finds the images of a YOLO data set.
 
-    path: a data set's .yaml file, or a folder with one, or else with images/ and labels/, either of which may have
-        folders train/ and val/; or train/images/, train/labels/ and so on. Classes are named in the .yaml file or,
-        one a line, in classes.txt. Only a .yaml file tells of keypoints.
+    Args:
+        path: a data set's .yaml file, or a folder with one; or a folder with images/ and labels/, either of which may
+            have folders train/ and val/; or a folder with train/images/, train/labels/ and so on. Classes are named in
+            the .yaml file, or one a line in classes.txt. Only a .yaml file can mention keypoints.
+
+    Returns:
+        For each split its folder of images or its list of files; the names of the classes; and how many numbers a line
+        has for keypoints.
     """
     settings = [path] if path.is_file() else sorted({*path.glob("*.yaml"), *path.glob("*.yml")})
     settings = [
@@ -305,7 +323,7 @@ def find_yolo(path: Path) -> tuple[dict[str, Path], list[str] | None, int]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file with something on them, with their numbers, from 1."""
+    """The lines of a file that are not empty, with their numbers from 1."""
     try:
         lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
     except UnicodeDecodeError as error:
@@ -331,18 +349,18 @@ def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[st
     root = path.parent / str(settings.get("path") or "")
     roots = {}
     for split in ("train", "val", "test"):
-        if not (place := settings.get(split)):
+        if not (written := settings.get(split)):
             continue
-        if not isinstance(place, str):
-            raise ValueError(f"{path}: {split} must be one folder or list of files, not {place!r}")
-        # Files that others wrote name folders of their machine, or one above the right one.
-        tried = [root / place, path.parent / place, path.parent / place.removeprefix("../")]
+        if not isinstance(written, str):
+            raise ValueError(f"{path}: {split} must be one folder or list of files, not {written!r}")
+        # A file from elsewhere may name a folder of another machine, or a folder one level too high.
+        tried = [root / written, path.parent / written, path.parent / written.removeprefix("../")]
         if (found := next((folder for folder in tried if folder.exists()), None)) is not None:
             roots[split] = found
-        elif split != "test" or "val" not in roots:  # else it is not asked for
+        elif split != "test" or "val" not in roots:  # a missing test part does not matter if there is "val"
             raise ValueError(
-                f"{path}: {split} is {place!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}; put it "
-                "there or remove the line"
+                f"{path}: {split} is {written!r}, but there is no {' or '.join(map(str, dict.fromkeys(tried)))}; put "
+                "it there or remove the line"
             )
     shape = settings.get("kpt_shape") or [0]
     if not isinstance(shape, list) or not all(isinstance(count, int) and count >= 0 for count in shape):
@@ -351,12 +369,13 @@ def _read_settings(path: Path, settings: dict) -> tuple[dict[str, Path], list[st
 
 
 def read_yolo(root: Path, names: list[str] | None, num_keypoint_values: int = 0) -> BoxSet:
-    """A folder of images, or a list of them, and the text files beside them or in labels/ instead of images/: a line
-    for each box, with the class's number and, as fractions of the image, centre x and y, width and height, and where
-    the data has such `num_keypoint_values`, which are not used; or with the corners of a polygon, around which the box
-    is.
+    """Reads the images of a folder or of a list of files, and the text files beside them or in labels/.
 
-    Raises ValueError naming the file and line that is none of these, or the text without an image.
+    A line has the number of the class and, as fractions of the image, either the centre x and y, width and height of a
+    box and then `num_keypoint_values` numbers, which are not used; or the corners of a polygon, whose box is taken.
+
+    Raises:
+        ValueError: a line is neither, or a text has no image; the message names file and line.
     """
     if root.is_file():
         paths, folder = [root.parent / line for _, line in _lines(root)], root.parent
@@ -366,10 +385,10 @@ def read_yolo(root: Path, names: list[str] | None, num_keypoint_values: int = 0)
     if len(set(texts)) < len(texts):
         repeated = next(text for text in texts if texts.count(text) > 1)
         raise ValueError(f"{repeated} belongs to several images: give each image a name of its own")
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if text.is_file():
             for number, line in _lines(text):
-                boxes.append(_read_line(line, place, names, num_keypoint_values, f"{text}, line {number}"))
+                boxes.append(_read_line(line, index, names, num_keypoint_values, f"{text}, line {number}"))
     if root.is_dir():
         known = {*texts, *(text.parent / "classes.txt" for text in texts)}
         folders = {text.parent for text in texts}
@@ -385,14 +404,14 @@ def _and_more(found: list) -> str:
 
 
 def _text_of(image: Path) -> Path:
-    """Where the boxes of an image are: the last "images" of its path replaced by "labels", else beside it."""
+    """The text file of an image: the last "images" of its path becomes "labels"; without one it is beside the image."""
     parts = list(image.with_suffix(".txt").parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
     return Path(*parts)
 
 
-def _read_line(line: str, place: int, names: list[str] | None, num_keypoint_values: int, where: str) -> Box:
+def _read_line(line: str, image: int, names: list[str] | None, num_keypoint_values: int, where: str) -> Box:
     try:
         number, *values = map(float, line.split())
         values = numbers(values, len(values), where)
@@ -409,4 +428,4 @@ def _read_line(line: str, place: int, names: list[str] | None, num_keypoint_valu
     else:
         others = f"{4 + num_keypoint_values} with keypoints" if num_keypoint_values else "those of a polygon"
         raise ValueError(f"{where}: expected a class and 4 numbers, or {others}, not {len(values)} behind it")
-    return Box(place, names[int(number)] if names else str(int(number)), corners)
+    return Box(image, names[int(number)] if names else str(int(number)), corners)

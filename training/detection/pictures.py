@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from transformers import DetrImageProcessorPil, PreTrainedConfig
 from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # in 5.17 `transformers` has another
 
 from hf_models import ZooDetrForObjectDetection
 from training import figures
@@ -118,7 +119,7 @@ def draw_detector(
         raise ValueError(f"--text: {checkpoint} is a model of images, give --image")
     model = ZooDetrForObjectDetection.from_pretrained(checkpoint)
     try:
-        processor = DetrImageProcessorPil.from_pretrained(checkpoint)
+        processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     except OSError:  # the checkpoint has no processor: take the paper's
         processor = DetrImageProcessorPil()
     if images:

@@ -1,9 +1,9 @@
-"""Images with boxes to train on: digits on canvases, COCO, Pascal VOC, YOLO, a Hub data set.
+"""Reads images with boxes to train on: digits on canvases, COCO, Pascal VOC, YOLO, a Hub data set.
 
     data = read_detection("coco/", num_workers=2)  # coco/annotations/instances_train2017.json, coco/train2017/, ...
     data.train.boxes(0), data.train.classes(0)  # (n, 4), (n,): corners as fractions of the image, class ids
 
-`detection_files.py`, `detection_columns.py` and `canvases.py` have the boxes, `detection_batches.py` makes batches.
+`formats.py`, `columns.py` and `canvases.py` read the boxes, and `batches.py` makes batches of them.
 """
 
 from collections.abc import Callable
@@ -31,18 +31,20 @@ from training.detection.formats import (
 )
 from training.images import decoding
 from training.images.formats import StoredImages, label_ids, unknown_label
-from training.images.read import choose_validation, look_at, overlap
+from training.images.read import check_ranges, choose_validation, look_at, overlap
 from training.images.rows import BadImageLimit, Decoder, EncodedRows, permutation
 
 WINDOW = 16  # global batches that are sorted by aspect together
-ORDER = 1  # what a seed is for, besides the order of the images
+ORDER = 1  # purpose of a seed, besides the order of the images
 
 
 class DetectionRows(EncodedRows):
-    """Images and their boxes. Bad images are replaced, together with their boxes, by the next sound one.
+    """Images and their boxes. A bad image is replaced, together with its boxes, by the next sound one.
 
-    sizes: (N, 2), height and width of the images as they are annotated.
-    image_ids: what the data calls them. category_ids: (C,), what it calls the classes.
+    Attributes:
+        sizes: (N, 2), height and width of the images as they are annotated.
+        image_ids: (N,), the data's own ids of the images.
+        category_ids: (C,), the data's own ids of the classes.
     """
 
     def __init__(self, boxes: BoxSet, ids: dict[str, int], category_ids: list[int | str], notes: list[str], **options):
@@ -70,8 +72,12 @@ class DetectionRows(EncodedRows):
         return self._classes[found][~self._is_crowd[found]]
 
     def truth(self, index: int) -> dict[str, np.ndarray]:
-        """What detections are measured against: boxes (m, 4) in pixels, left, top, right, bottom; labels (m,); areas
-        (m,) in pixels, those of the objects where the data has them; iscrowd (m,)."""
+        """The objects that detections are measured against.
+
+        Returns:
+            boxes (m, 4) in pixels, left, top, right, bottom; labels (m,); areas (m,) in pixels, of the objects if the
+            data has them, else of the boxes; iscrowd (m,).
+        """
         found = self._of(index)
         names = ("boxes", "labels", "areas", "iscrowd")
         return {
@@ -92,14 +98,14 @@ class DetectionRows(EncodedRows):
         return width / height
 
     def global_batch(self, step: int, batch_size: int, seed: int) -> np.ndarray:
-        """The numbers of the images of this step, (batch_size,): a function of the arguments only.
+        """The numbers of the images of a step, (batch_size,), which depend on the arguments only.
 
-        Every epoch has an order of its own. Of what comes next in it, images of similar aspect go into one batch, so
-        that little has to be padded; `WINDOW` batches at a time, or one epoch of a small data set.
+        Every epoch has an order of its own. The next `WINDOW` batches of it (or one epoch of a small data set) are
+        sorted by aspect together, so that a batch has images of similar shape and little has to be padded.
         """
         window = min(WINDOW, max(1, len(self) // batch_size))
-        number, place = divmod(step, window)
-        return self._window(number, window, batch_size, seed)[place]
+        number, batch = divmod(step, window)
+        return self._window(number, window, batch_size, seed)[batch]
 
     def _window(self, number: int, window: int, batch_size: int, seed: int) -> np.ndarray:
         drawn = self.draw(number * window * batch_size, window * batch_size, seed)
@@ -107,14 +113,18 @@ class DetectionRows(EncodedRows):
         return by_aspect[permutation(window, seed, number, ORDER)]
 
     def load(self, indices: np.ndarray, view: Callable[[int, int], tuple]) -> tuple[list[Tensor], np.ndarray]:
-        """Images (C, h, w) uint8 on the CPU, and the numbers (B,) of those, which differ where images are bad.
+        """Loads images, and others in the place of bad ones.
 
-        view: from a place in the batch, and the number of the image there, to what is cut out of it (left, top, width
-            and height, as fractions) and the height and width to which that is resized, bicubic.
+        Args:
+            view: called with a position in the batch and the number of the image there; returns the part to cut out
+                (left, top, width and height as fractions), and the height and width to which it is resized, bicubic.
+
+        Returns:
+            Images (C, h, w), uint8 on the CPU, and the numbers (B,) of the images that they are.
         """
 
-        def request(places, chosen):
-            boxes, sizes = zip(*map(view, places.tolist(), chosen.tolist()), strict=True)
+        def request(positions, chosen):
+            boxes, sizes = zip(*map(view, positions.tolist(), chosen.tolist()), strict=True)
             return np.array(boxes), np.array(sizes), self.sizes[chosen]
 
         return self._decode(np.asarray(indices, np.int64), request)
@@ -122,12 +132,12 @@ class DetectionRows(EncodedRows):
 
 @dataclass
 class DetectionData:
-    """What `--data` names. `notes` is for a person to read; `fingerprint` covers images, boxes and split."""
+    """The data that `--data` names. `notes` are for a person; `fingerprint` covers images, boxes and split."""
 
     train: DetectionRows
     validation: DetectionRows
     label_names: list[str]  # in the order of their ids
-    category_ids: list[int | str]  # what the data calls them
+    category_ids: list[int | str]  # the data's own ids of them
     num_channels: int  # 1 grey, 3 colour
     fingerprint: str
     source: str
@@ -150,32 +160,32 @@ def read_detection(
     num_workers: int = 2,
     seed: int = 0,
 ) -> DetectionData:
-    """The images and boxes that `data` names.
+    """Reads the images and boxes that `data` names.
 
-    data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such and of the
-        images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml; a folder that `datasets` has
-        saved, or parquet files, or a Hub data set, "name" or "name:config".
-    validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
-    validation_split: "val" or "test", to validate on; by default "val" where there is one, or else "test".
-    validation_fraction: held out where the data has neither: the images with the smallest sha256, by `seed`.
-    image_column, objects_column, box_format: of a data set with a column of objects; see `read_objects`.
-    label_names: the classes in the order of their ids; by default in the order of the data's own ids, or sorted.
-    num_channels: 1 makes all images grey, 3 colour; by default as most of them are.
-    max_bad_images: the part of the images that may be missing or unreadable; those are replaced.
-    num_workers: processes that decode, 0: none.
-    Raises ValueError for what is missing, broken or ambiguous, naming it.
+    Boxes are cut at the borders of their image; boxes without area or outside of it are left out and noted. Crowds are
+    used in the evaluation only. An image is turned as its EXIF data says, unless its annotated size is the unturned
+    one.
 
-    Boxes are cut at the borders of their image; those of zero area or outside of it are left out and noted. Crowds are
-    for the evaluation only. An image is turned as its EXIF data says, unless the data gives the size it has unturned.
+    Args:
+        data: "embedded" (scikit-learn's digits on canvases); a .json file of COCO's format, or a folder of such files
+            and of the images; a folder of Pascal VOC's or of YOLO's layout, or a YOLO data set's .yaml file; a folder
+            that `datasets` has saved; parquet files; or a Hub data set, "name" or "name:config".
+        validation_data: other data of these kinds to validate on: its validation part, or else its training part.
+        validation_split: the part to validate on, "val" or "test"; None: "val" if there is one, or else "test".
+        validation_fraction: the part to hold out where the data has neither; see `choose_validation`.
+        image_column, objects_column, box_format: of a data set with a column of objects; see `read_objects`.
+        label_names: the classes in the order of their ids; None: in the order of the data's own ids, or sorted.
+        num_channels: 1 makes all images grey, 3 colour; None: grey if all images are.
+        max_bad_images: the part of the images that may be missing or unreadable and is then replaced.
+        num_workers: processes that decode; 0: this process does.
+        seed: chooses the images to hold out.
+
+    Raises:
+        ValueError: something is missing, broken or ambiguous; the message names it.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
-    if not 0 <= max_bad_images <= 1:
-        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    check_ranges(validation_fraction, max_bad_images, num_channels)
     if validation_split not in (None, "val", "test"):
         raise ValueError(f"validation_split must be 'val' or 'test', not {validation_split!r}")
-    if num_channels not in (None, 1, 3):
-        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
     if box_format not in BOX_FORMATS:
         raise ValueError(f"box_format must be {' or '.join(BOX_FORMATS)}, not {box_format!r}")
     columns, notes = (image_column, objects_column, box_format), []
@@ -202,7 +212,9 @@ def read_detection(
     names, ids, category_ids = _number_classes(train, validation, label_names, data)
     channels, _ = look_at(train, num_channels, data)
     options = {"num_channels": channels, "decoder": Decoder(num_workers), "limit": BadImageLimit(max_bad_images)}
-    rows = [DetectionRows(part, ids, category_ids, notes, **options) for part in (train, validation)]
+    rows = [
+        DetectionRows(part, ids, category_ids, notes, quick=part is train, **options) for part in (train, validation)
+    ]
     if not rows[0].count_boxes():
         raise ValueError(f"{data} has no box to train on")
     hashed = [digest_of(part) for part in (digests, held_out_digests)]
@@ -216,7 +228,7 @@ def read_detection(
 
 
 def _read(data: str, validation_split: str | None, columns: tuple[str, str, str], trains: bool = True) -> Splits:
-    """The part to train on, and the one to validate on if there is one; with `trains` off, one to validate on."""
+    """Reads the part to train on, and a part to validate on if there is one; without `trains` only the latter."""
     path = Path(data).expanduser()
 
     def chosen(found: dict[str, Any], read: Callable[[Any], BoxSet]) -> Splits:
@@ -255,7 +267,7 @@ def _read(data: str, validation_split: str | None, columns: tuple[str, str, str]
 def _number_classes(
     train: BoxSet, validation: BoxSet, given: list[str] | None, data: str
 ) -> tuple[list[str], dict[str, int], list[int | str]]:
-    """The names of the classes, the id of each, and what the data calls them."""
+    """Returns the names of the classes, the id of each name, and the data's own ids."""
     names, labels = given or train.class_names, {box.label for box in train.boxes}
     if names is None:
         names = sorted(labels, key=int if all(name.isdecimal() for name in labels) else None)
@@ -269,14 +281,18 @@ def _number_classes(
                 raise ValueError(f"{data}: {named} has a box with {unknown_label(box.label, ids)}")
     known = dict(zip(train.class_names or [], train.category_ids or [], strict=False))
     is_number = train.class_names is None and all(name.isdecimal() for name in ids)
-    return list(names), ids, [int(name) if is_number else known.get(name, place) for name, place in ids.items()]
+    return list(names), ids, [int(name) if is_number else known.get(name, position) for name, position in ids.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------- boxes
 
 
 def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
-    """Sizes (N, 2) of all images, and the boxes in pixels, inside their image, with their areas."""
+    """Cuts boxes at the borders of their images, leaves out empty ones, and notes both.
+
+    Returns:
+        Sizes (N, 2) of all images, and the boxes in pixels, with their areas.
+    """
     sizes = boxes.sizes.copy()
     unknown = np.flatnonzero((sizes == 0).any(1))
     for first in range(0, len(unknown), 256):
@@ -302,7 +318,7 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
         (is_over, "boxes cut at the border of their image"),
         (is_difficult, "boxes marked as difficult used like the others"),
     ):
-        chosen &= is_sound[images]  # of the others nothing is known
+        chosen &= is_sound[images]  # nothing is known of bad images
         if chosen.any():
             named = list(dict.fromkeys(boxes.images.name(image) for image in images[chosen][:50].tolist()))
             notes.append(f"{chosen.sum()} {what} ({', '.join(named[:3] + ['...'] * (len(named) > 3))})")
@@ -317,10 +333,15 @@ def _clean(boxes: BoxSet, notes: list[str]) -> tuple[np.ndarray, list]:
 
 
 def _refuse_corners(corners: np.ndarray, limits: np.ndarray, images: np.ndarray, source: StoredImages):
-    """Raises ValueError if boxes that were read as xywh seem to be xyxy: most reach out of their images, and as xyxy
-    every one would be sound.
+    """Refuses boxes that were read as xywh and seem to be xyxy.
 
-    corners: (n, 4), as they were read. limits: (n, 4), width and height of their images, twice. images: (n,).
+    Args:
+        corners: (n, 4), as they were read.
+        limits: (n, 4), width and height of their images, twice.
+        images: (n,), the numbers of their images.
+
+    Raises:
+        ValueError: most boxes reach out of their images, and as xyxy all would be sound.
     """
     written = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     reach_out = (corners > limits + 1).any(1)

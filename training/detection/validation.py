@@ -1,4 +1,4 @@
-"""What is measured of a DETR on images held out, as it trains and, more closely, at the end."""
+"""The measures of a DETR on held-out images, during the training and in more detail at its end."""
 
 import math
 from collections.abc import Iterator
@@ -20,27 +20,27 @@ from training.detection.pictures import decoder_attention, keep, pixels_of, stac
 from training.detection.read import DetectionRows
 from training.images.validation import whole_copy
 from training.metrics import CocoDetection, load_metric
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 from training.run.processes import on_main_process, take_turns
 
 NUM_DRAWN = 6  # images
 
 
 class DetectionValidation:
-    """Loss and COCO's average precision over the held-out images, and at the end those of each class.
+    """Measures loss and COCO's average precision over the held-out images, and at the end the precision of each class.
 
-    Only images that are resized to the same size share a batch, so that none is padded: what a convolution sees at the
-    border of an image, and so the boxes found, would else depend on the batch. A pipeline finds the same ones.
+    Only images that are resized to the same size share a batch, so that none is padded. With padding, what a
+    convolution sees at the border of an image would depend on the batch, and a pipeline would find other boxes.
 
     Args:
-        transform: of the training images, of which only the sizes and the normalisation count here.
+        transform: that of the training, whose sizes and normalisation are used.
         config: the model's.
         batch_size: the most images of a batch.
 
     `processor` is the image processor that belongs to the model.
     """
 
-    latest: dict[str, Any] | None = None  # what `measure` found last, in this process
+    latest: dict[str, Any] | None = None  # the last results of `measure` in this process
 
     def __init__(
         self,
@@ -58,64 +58,67 @@ class DetectionValidation:
         self.processor = create_detection_processor(
             transform.shortest_edge, transform.longest_edge, transform.mean, transform.std
         )
-        self.num_items = count_items([{"class_labels": rows.classes(place)} for place in range(len(rows))], config)
+        self.num_items = count_items([{"class_labels": rows.classes(index)} for index in range(len(rows))], config)
 
     def parts(self) -> list[np.ndarray]:
-        """The places of the images, those of one size and at most `batch_size` of them together."""
+        """The numbers of the images in batches: at most `batch_size` images of one size."""
         sizes = np.array([self.transform.size(*size) for size in self.rows.sizes.tolist()])
         kinds = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
         alike = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
         size = self.batch_size
-        return [places[first : first + size] for places in alike for first in range(0, len(places), size)]
+        return [indices[first : first + size] for indices in alike for first in range(0, len(indices), size)]
 
     def batches(self) -> Iterator[tuple[np.ndarray, Tensor, list[dict], bool]]:
-        """For each batch of this process: its images' places, their normalised pixels and their labels on the device,
+        """Yields for each batch of this process its images' numbers, their normalised pixels and labels on the device,
         and whether it counts (see `take_turns`). Bad images are left out."""
         mine = list(take_turns(self.accelerator, self.parts()))
         loaded = evaluation_batches(self.rows, self.transform, [part for part, _ in mine])
         for (part, counts), (used, batch) in zip(mine, loaded, strict=True):
             sound = np.flatnonzero(used == part)
-            if not len(sound):  # others are in their place: they run and do not count
+            if not len(sound):  # all are bad: the images that replace them are run but do not count
                 sound, counts = np.arange(len(part)), False
             height, width = self.transform.size(*self.rows.sizes[part[0]].tolist())
             pixels, mask = (batch[name][sound, ..., :height, :width] for name in ("pixel_values", "pixel_mask"))
-            inputs = pixels, mask, [batch["labels"][place] for place in sound]
+            inputs = pixels, mask, [batch["labels"][position] for position in sound]
             pixels, mask, labels = send_to_device(inputs, self.accelerator.device)
             yield part[sound], self.transform.normalize(pixels, mask), labels, counts
 
     def measure(self, model) -> dict[str, Any]:
-        """`eval_loss` and COCO's measures, of those that there are boxes for: `eval_map`, `eval_map_50`, ..."""
+        """Computes `eval_loss` and COCO's measures (`eval_map`, `eval_map_50`, ...) of all sizes that have boxes."""
         self.latest = self.results(model)
         return {
             f"eval_{name}": value
             for name, value in self.latest.items()
-            if isinstance(value, float) and value != -1  # of no box of this size
+            if isinstance(value, float) and value != -1  # -1: there is no box of this size
         }
 
     @torch.no_grad()
     def results(self, model) -> dict[str, Any]:
-        """The loss, everything that `CocoDetection` computes, and `found`: by place what was found in each image,
-        `scores` (Q,), `labels` (Q,) and `boxes` (Q, 4), left, top, right and bottom as parts of the image."""
+        """Computes the loss, all measures of `CocoDetection`, and `found`.
+
+        `found` has for the number of each image the answers `scores` (Q,), `labels` (Q,) and `boxes` (Q, 4), left, top,
+        right and bottom as fractions of the image.
+        """
         losses, found = [], []
-        for places, pixel_values, labels, counts in self.batches():
+        for indices, pixel_values, labels, counts in self.batches():
             outputs = model(pixel_values, labels=labels, num_items_in_batch=self.num_items)
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             if counts:
                 losses.append(float(outputs.loss))
                 answers = self.processor.post_process_object_detection(outputs, threshold=-1)  # all of them
                 answers = [{name: values.cpu().numpy() for name, values in answer.items()} for answer in answers]
-                found += zip(places.tolist(), answers, strict=True)
+                found += zip(indices.tolist(), answers, strict=True)
         loss, found = math.fsum(gather_object(losses)), dict(sorted(gather_object(found)))
         return {"loss": loss, **on_main_process(self.accelerator, lambda: self.score(found)), "found": found}
 
     def score(self, found: dict[int, dict]) -> dict[str, float | list]:
-        """COCO's measures of what was found in each image."""
+        """Computes COCO's measures of the answers for each image."""
         metric = load_metric(CocoDetection)
-        for place, answer in found.items():
-            height, width = self.rows.sizes[place]
-            truth = self.rows.truth(place)
+        for index, answer in found.items():
+            height, width = self.rows.sizes[index]
+            truth = self.rows.truth(index)
             metric.add(
-                image_ids=place,
+                image_ids=index,
                 boxes=answer["boxes"] * [width, height, width, height],
                 scores=answer["scores"],
                 labels=answer["labels"],
@@ -127,8 +130,10 @@ class DetectionValidation:
         return metric.compute(num_labels=len(self.label_names))
 
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-        """The average precision of each class, and the run's pictures, on the main process. results: what `measure`
-        found of this model."""
+        """Computes the average precision of each class, and draws the run's pictures on the main process.
+
+        results: what `measure` returned for this model.
+        """
         is_latest = self.latest is not None and self.latest["loss"] == results["eval_loss"]
         latest = self.latest if is_latest else self.results(model)
         measured = dict(zip(self.label_names, latest["per_class_map"], strict=True))
@@ -138,13 +143,16 @@ class DetectionValidation:
         return {"eval_per_class_map": measured}, pictures
 
     def pictures(self, model: ZooDetrForObjectDetection, found: dict[int, dict]) -> dict[str, Any]:
-        """By the name of the file: what is found beside what is true, where each query looks, what a decoder looks at
-        for each box, and an image to try the model with."""
-        places = list(found)[:NUM_DRAWN]
-        images = self.images(places)
-        true = [{"boxes": self.rows.boxes(place), "labels": self.rows.classes(place)} for place in places]
+        """Draws boxes found and true, where each query looks, and what the decoder looks at for each box.
+
+        Returns:
+            The pictures, and an image to try the model with, by the name of their file.
+        """
+        indices = list(found)[:NUM_DRAWN]
+        images = self.images(indices)
+        true = [{"boxes": self.rows.boxes(index), "labels": self.rows.classes(index)} for index in indices]
         pixels = [pixels_of(image) for image in images]
-        shown = [keep(found[place], 0.5) for place in places]
+        shown = [keep(found[index], 0.5) for index in indices]
         example = next(
             (image for image, objects in zip(images, true, strict=True) if len(objects["labels"])), images[0]
         )
@@ -156,8 +164,8 @@ class DetectionValidation:
             "example.png": example,
         }
 
-    def images(self, places: list[int]) -> list[Image.Image]:
-        """These images in their own size."""
+    def images(self, indices: list[int]) -> list[Image.Image]:
+        """Loads these images in their own size."""
         sizes = self.rows.sizes.tolist()
-        loaded, _ = self.rows.load(np.array(places), lambda _, index: ((0, 0, 1, 1), sizes[index]))
+        loaded, _ = self.rows.load(np.array(indices), lambda _, index: ((0, 0, 1, 1), sizes[index]))
         return [Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()) for pixels in loaded]

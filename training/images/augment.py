@@ -5,10 +5,9 @@
     draws = augment.draw(step, range(0, 128))           # on the host: all that is random
     images, targets = augment(pixels, labels, draws)    # on the device: (B, C, H, W), (B, num_labels)
 
-What is random is drawn for each image from (seed, step, position in the global batch), so that micro-batches, processes
-and resuming change nothing. kornia has the same operations, but each is a pass of its own over the batch, and values
-between whole ones differ from PIL's. Here operations of one kind share one pass, with a parameter for each image, and
-sums are exact in any order.
+Augmentation depends only on seed, step and position in the global batch, so micro-batches, processes and resuming
+change nothing. kornia has the same operations, but each takes a pass of its own over the batch and rounds differently
+from PIL. Here operations of one kind share one pass, with a parameter for each image, and sums are exact in any order.
 
 Dimensions: B images, C channels, H and W pixels, N operations of RandAugment. Images are float tensors of whole values
 from 0 to 255 up to the normalisation, so that each operation gives what PIL's gives.
@@ -30,35 +29,39 @@ OPERATIONS = (
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
 MAX_MAGNITUDE = 10
-# A number for each kind of draw. None is 0: a seed that ends with 0 gives the same numbers as one without it.
-STREAMS = {name: number for number, name in enumerate(("crop", "place", "colour", "operations", "erase", "mix"), 1)}
+# A number for each kind of draw, from 1, because a seed that ends with 0 gives the same numbers as one without the 0.
+STREAMS = {name: number for number, name in enumerate(("crop", "shift", "colour", "operations", "erase", "mix"), 1)}
 
 
 @dataclass(kw_only=True)
 class Augmentation:
-    """All random changes of a batch; with the defaults, half of the images are mirrored.
+    """All random changes of a batch; with the defaults, half of the images are mirrored and nothing else changes.
 
-    image_size: pixels of a side, or (height, width), after the crop.
-    num_labels: number of classes; needed for soft labels (mixup, cutmix, label_smoothing).
-    mean, std: of each channel, as fractions of 255; the result is (pixels / 255 - mean) / std.
-    crop_scale: smallest and largest part of an image's area that a random crop keeps (Szegedy et al. 2015, section 6);
-        None: no random crop. The crop is made where images are decoded, at the boxes that `boxes` gives.
-    crop_ratio: smallest and largest width / height of a crop.
-    translate: largest shift down or right, up or left, in pixels; what comes in is black (He et al. 2016, section 4.2).
-    flip: probability of a mirror image.
-    rand_augment_ops, rand_augment_magnitude: N and M of RandAugment (Cubuk et al. 2019, section 3): N operations, each
-        any of the 14 `OPERATIONS`, of magnitude M from 0 to 10. At 10 these are: shear by 0.3, shift by 150/331 of the
-        size, rotation by 30 degrees, colour, contrast, brightness and sharpness times 1.9 or 0.1, inversion from 0 on
-        (solarize), 4 bits (posterize). Unlike the authors' code, a larger magnitude is always the stronger change.
-    color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
-    erasing: probability that a rectangle of 2 to 40 % of the area gets the mean colour (Zhong et al. 2017, RE-M).
-    mixup, cutmix: alpha of the Beta distribution of a mixture of images 2k and 2k + 1 (Zhang et al. 2018), and of the
-        area of a rectangle they exchange (Yun et al. 2019); 0: never. With both, a pair gets either with probability
-        1/2. A pair shares its draws.
-    mix_probability: part of the pairs that are mixed.
-    label_smoothing: part of each target that is spread over all classes (Szegedy et al. 2016, section 7).
+    Args:
+        image_size: pixels of a side, or (height, width), after the crop.
+        num_labels: number of classes; needed for soft labels (mixup, cutmix, label_smoothing).
+        mean, std: of each channel, as fractions of 255; the result is (pixels / 255 - mean) / std.
+        crop_scale: smallest and largest part of an image's area that a random crop keeps (Szegedy et al. 2015, section
+            6); None: no random crop. The crop is made where images are decoded, at the boxes that `boxes` gives.
+        crop_ratio: smallest and largest width / height of a crop.
+        translate: largest shift down or right, up or left, in pixels; what comes in is black (He et al. 2016, section
+            4.2).
+        flip: probability of a mirror image.
+        rand_augment_ops, rand_augment_magnitude: N and M of RandAugment (Cubuk et al. 2019, section 3): N operations,
+            each any of the 14 `OPERATIONS`, of magnitude M from 0 to 10. At 10, images are sheared by 0.3, shifted by
+            150/331 of their size, rotated by 30 degrees, changed in colour, contrast, brightness and sharpness by the
+            factor 1.9 or 0.1, inverted from value 0 on (solarize), or cut to 4 bits (posterize). Unlike in the authors'
+            code, a larger magnitude is always a stronger change.
+        color_jitter: brightness, contrast and saturation, in this order, are each multiplied by 1 - x to 1 + x.
+        erasing: probability that a rectangle of 2 to 40 % of the area gets the mean colour (Zhong et al. 2017, RE-M).
+        mixup, cutmix: alpha of the Beta distribution of a mixture of images 2k and 2k + 1 (Zhang et al. 2018), and of
+            the area of a rectangle they exchange (Yun et al. 2019); 0: never. With both, a pair gets either with
+            probability 1/2. A pair shares its draws.
+        mix_probability: part of the pairs that are mixed.
+        label_smoothing: part of each target that is spread over all classes (Szegedy et al. 2016, section 7).
 
-    Raises ValueError naming the option that is out of its range.
+    Raises:
+        ValueError: an option is out of its range; the message names it.
     """
 
     seed: int
@@ -101,18 +104,26 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether pairs of images are mixed, so that a micro-batch must hold whole pairs."""
+        """Whether pairs of images are mixed; then a micro-batch must hold whole pairs."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
     def draw(self, step: int, positions: range) -> dict[str, Tensor]:
-        """All that is random about the images at these positions of the global batch: a pure function of the seed, the
-        step and each position. A few small tensors, with B rows each, for what is in use.
+        """Draws all random numbers for the images at these positions of the global batch.
 
-        crop (B, 4): see `boxes`. place (B, 3): shift down and right in pixels, 1 for a mirror image. colour (B, 3):
-        factors. operations (B, N): indices into OPERATIONS; parameters (B, N, 9): see `operate`. erased (B, 4): left,
-        top, right, bottom in pixels. mix (B, 6): how much of an image, and of its label, stays its own beside
-        its partner's, then the rectangle in which it is its partner, like erased.
-        Raises ValueError for positions outside the global batch, or that part a pair.
+        They depend only on the seed, the step and each position.
+
+        Returns:
+            Small tensors, for the kinds of changes that are in use:
+            crop (B, 4): see `boxes`.
+            shift (B, 3): shift down and right in pixels, and 1 for a mirror image.
+            colour (B, 3): factors of brightness, contrast and saturation.
+            operations (B, N): indices into OPERATIONS; parameters (B, N, 9): see `operate`.
+            erased (B, 4): left, top, right, bottom in pixels.
+            mix (B, 6): the part of an image and the part of its label that stay its own, the rest being its partner's;
+                then the rectangle that shows its partner, as in erased.
+
+        Raises:
+            ValueError: positions lie outside the global batch or split a pair.
         """
         if not 0 <= positions.start < positions.stop <= self.global_batch_size or positions.step != 1:
             raise ValueError(f"{positions} lies outside the global batch of {self.global_batch_size} images")
@@ -120,16 +131,16 @@ class Augmentation:
             raise ValueError(f"mixup and cutmix mix pairs, which {positions} parts: make micro_batch_size even")
 
         def uniforms(name: str, count: int, positions: range = positions) -> np.ndarray:
-            """(count, B) numbers from 0 to 1, the same whatever the other positions."""
+            """Draws (count, B) numbers from 0 to 1, which do not depend on the other positions."""
             return uniform_rows(positions, count, self.seed, step, STREAMS[name]).T
 
         draws = {}
         if self.crop_scale is not None:
             draws["crop"] = uniforms("crop", 4)
         if self.translate or self.flip:
-            *shifts, flip = uniforms("place", 3)
+            *shifts, flip = uniforms("shift", 3)
             shifts = [np.floor(shift * (2 * self.translate + 1)) - self.translate for shift in shifts]
-            draws["place"] = np.stack([*shifts, flip < self.flip])
+            draws["shift"] = np.stack([*shifts, flip < self.flip])
         if self.color_jitter:
             draws["colour"] = 1 + self.color_jitter * (2 * uniforms("colour", 3) - 1)
         if self.rand_augment_ops:
@@ -138,8 +149,8 @@ class Augmentation:
             magnitude = self.rand_augment_magnitude / MAX_MAGNITUDE * np.where(sign < 0.5, -1, 1)
             draws["parameters"] = operation_parameters(draws["operations"], magnitude, self.height, self.width)
         if self.erasing:
-            erases, *place = uniforms("erase", 5)
-            left, top, width, height = rectangles(place, (0.02, 0.4), (0.3, 1 / 0.3), self.width / self.height)
+            erases, *rectangle = uniforms("erase", 5)
+            left, top, width, height = rectangles(rectangle, (0.02, 0.4), (0.3, 1 / 0.3), self.width / self.height)
             box = np.stack([left, top, left + width, top + height]) * (erases < self.erasing)
             draws["erased"] = self._whole_pixels(box)
         if self.mixes:
@@ -152,7 +163,7 @@ class Augmentation:
         return np.round(box * np.array([self.width, self.height] * 2)[:, None])
 
     def _draw_mix(self, mixes: np.ndarray, kind: np.ndarray, own: np.ndarray, x: np.ndarray, y: np.ndarray):
-        """(6, pairs), see `draw`, from uniform numbers."""
+        """Turns uniform numbers into the `mix` of each pair, (6, pairs), see `draw`."""
         from scipy.special import betaincinv
 
         is_mixed = mixes < self.mix_probability
@@ -165,9 +176,14 @@ class Augmentation:
         return np.stack([own, own * rest, *box])
 
     def boxes(self, draws: dict[str, Tensor], aspect: float | Tensor = 1.0) -> Tensor | None:
-        """The random crops: (B, 4), left, top, width and height as fractions of the image; None without random crops.
+        """Computes the random crops, or returns None without random crops.
 
-        aspect: width / height of the images, one for all or (B,), which makes `crop_ratio` that of the crop in pixels.
+        Args:
+            draws: from `draw`.
+            aspect: width / height of the images, one for all or (B,); with it `crop_ratio` is a ratio of pixels.
+
+        Returns:
+            (B, 4), left, top, width and height as fractions of the image.
         """
         if self.crop_scale is None:
             return None
@@ -175,13 +191,19 @@ class Augmentation:
         return torch.from_numpy(boxes.T.copy()).float()
 
     def __call__(self, pixels: Tensor, labels: Tensor | None, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Images for the model, and their labels: soft ones if pairs are mixed or labels smoothed.
+        """Changes and normalises images on the device. The host never waits.
 
-        pixels: uint8 (B, C, H, W). labels: class ids (B,), or None. draws: what `draw` gave, on the same device.
-        Returns float32 (B, C, H, W) and float32 (B, num_labels), or the labels as they are. The host never waits.
+        Args:
+            pixels: uint8 (B, C, H, W).
+            labels: class ids (B,), or None.
+            draws: from `draw`, on the same device.
+
+        Returns:
+            float32 (B, C, H, W), and soft labels, float32 (B, num_labels), if pairs are mixed or labels smoothed, or
+            else the labels as they are.
         """
-        if "place" in draws:
-            pixels = place(pixels, *draws["place"].unbind(1), self.translate)
+        if "shift" in draws:
+            pixels = shift_and_mirror(pixels, *draws["shift"].unbind(1), self.translate)
         if "colour" in draws or "operations" in draws:
             pixels = pixels.float()
         if "colour" in draws:
@@ -198,8 +220,10 @@ class Augmentation:
         return images, labels
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) from 0 to 255 -> float32 with the mean taken off, over the standard deviation. All that an image
-        goes through for evaluation."""
+        """Subtracts the mean of (B, C, H, W), from 0 to 255, and divides by the standard deviation, in float32.
+
+        In an evaluation nothing else is done to an image.
+        """
         if self._mean.device != pixels.device:
             self._mean, self._std = self._mean.to(pixels.device), self._std.to(pixels.device)
         return (pixels.float() - self._mean) / self._std
@@ -218,11 +242,17 @@ def _check(name, value, bound, holds):
 
 
 def rectangles(uniforms, scale: tuple[float, float], ratio: tuple[float, float], aspect) -> np.ndarray:
-    """(4, B): left, top, width and height, as fractions, of rectangles inside an image of width / height `aspect`.
+    """Places rectangles inside images of width / height `aspect`.
 
-    uniforms: (4, B), from 0 to 1. The area is uniform in `scale`, as a fraction; the logarithm of width / height is
-    uniform in the part of `ratio` that fits into the image, which spares the usual drawing again; if nothing fits, the
-    nearest ratio that does is taken.
+    The area is uniform in `scale`, as a fraction. The logarithm of width / height is uniform in the part of `ratio`
+    that fits into the image, so that no rectangle has to be drawn twice; if nothing fits, the nearest ratio that fits
+    is taken.
+
+    Args:
+        uniforms: (4, B), from 0 to 1.
+
+    Returns:
+        (4, B): left, top, width and height as fractions.
     """
     area, shape, x, y = uniforms
     area = scale[0] + (scale[1] - scale[0]) * area
@@ -233,8 +263,15 @@ def rectangles(uniforms, scale: tuple[float, float], ratio: tuple[float, float],
 
 
 def operation_parameters(operations: np.ndarray, magnitude: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The nine `parameters` that `operate` takes, (9, *operations.shape), for indices into OPERATIONS and magnitudes
-    from -1 to 1, whose signs are the directions of a change that has two."""
+    """Computes the nine `parameters` that `operate` takes.
+
+    Args:
+        operations: indices into OPERATIONS.
+        magnitude: from -1 to 1. The sign is the direction of a change that has two directions.
+
+    Returns:
+        (9, *operations.shape).
+    """
 
     def when(*names):
         return np.isin(operations, [OPERATIONS.index(name) for name in names])
@@ -259,11 +296,14 @@ def operation_parameters(operations: np.ndarray, magnitude: np.ndarray, height: 
 
 
 def operate(images: Tensor, operations: Tensor, parameters: Tensor) -> Tensor:
-    """One operation of RandAugment on each image, (B, C, H, W) from 0 to 255.
+    """Applies one operation of RandAugment to each image, (B, C, H, W) from 0 to 255.
 
-    operations: (B,), indices into OPERATIONS. parameters: (B, 9): the factor of a blend, the threshold of solarize, the
-    step of posterize, and the affine map from a pixel's place to where it comes from, row by row. Those of the other
-    operations leave an image as it is, so all images take the same way.
+    All images go through all operations; the parameters of an operation that is not chosen leave an image unchanged.
+
+    Args:
+        operations: (B,), indices into OPERATIONS.
+        parameters: (B, 9): the factor of a blend, the threshold of solarize, the step of posterize, and the affine map
+            from the coordinates of a pixel to those of its source, row by row.
     """
     chosen = operations[:, None, None, None]
     factor, threshold, step, *matrix = parameters[..., None, None, None].unbind(1)
@@ -278,8 +318,8 @@ def operate(images: Tensor, operations: Tensor, parameters: Tensor) -> Tensor:
     return warp(images, matrix)
 
 
-def place(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, largest: int) -> Tensor:
-    """Images shifted by whole pixels, at most `largest`, with black (0) coming in, and mirrored after that."""
+def shift_and_mirror(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, largest: int) -> Tensor:
+    """Shifts images by whole pixels, at most `largest`, fills up with black (0), and then mirrors some of them."""
     batch, channels, height, width = pixels.shape
     columns = torch.arange(width, device=pixels.device)
     columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns)
@@ -297,16 +337,19 @@ def blend(base: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
 
 
 def grey(images: Tensor) -> Tensor:
-    """(B, 1, H, W): the luminance of PIL's mode L for three channels, else their mean."""
+    """Computes (B, 1, H, W): the luminance of PIL's mode L for three channels, else the mean of the channels."""
     if images.shape[1] != 3:
         return images if images.shape[1] == 1 else images.mean(1, keepdim=True).round()
     red, green, blue = images.split(1, dim=1)
-    # Of whole numbers below 2^24, so exact in any order.
+    # These are whole numbers below 2^24, so the sum is exact in any order.
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
 
 
 def mean_grey(images: Tensor, num_pixels: Tensor | None = None) -> Tensor:
-    """(B, 1, 1, 1): the mean luminance, rounded. num_pixels: (B, 1, 1, 1), where the rest of an image is 0."""
+    """Computes the mean luminance, rounded, (B, 1, 1, 1).
+
+    num_pixels: (B, 1, 1, 1), the pixels of each image without its padding, which is 0; None: there is no padding.
+    """
     total = grey(images).sum((1, 2, 3), dtype=torch.int32, keepdim=True)  # whole numbers, so exact in any order
     return (total / (images[0, 0].numel() if num_pixels is None else num_pixels) + 0.5).floor()
 
@@ -326,7 +369,7 @@ def jitter_colours(images: Tensor, factors: Tensor, num_pixels: Tensor | None = 
 
 
 def smooth(images: Tensor) -> Tensor:
-    """PIL's SMOOTH: each pixel but those of the border becomes a mean of nine, in which it counts five times."""
+    """PIL's SMOOTH: each pixel inside the border becomes a mean of nine pixels, in which it counts five times."""
     if min(images.shape[2:]) < 3:
         return images
     rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
@@ -337,14 +380,14 @@ def smooth(images: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Each channel stretched to the whole range from 0 to 255."""
+    """Stretches each channel to the whole range from 0 to 255."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     stretched = ((images - low) * 255 / (high - low).clamp(min=1) + 1e-3).floor()  # 1e-3: where division is inexact
     return torch.where(high > low, stretched, images)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Each channel with its values spread so that all are about as frequent, as PIL's ImageOps.equalize."""
+    """Spreads the values of each channel so that all are about as frequent, as PIL's ImageOps.equalize does."""
     values = images.flatten(2).long()
     counts = torch.zeros(*values.shape[:2], 256, device=images.device)
     counts.scatter_add_(2, values, torch.ones_like(values, dtype=torch.float32))
@@ -357,10 +400,11 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, matrix: list[Tensor]) -> Tensor:
-    """An affine map of each image, bilinear, with black (0) coming in.
+    """Maps each image by an affine map, bilinear, and fills up with black (0).
 
-    matrix: a, b, c, d, e, f of shape (B, 1, 1, 1) as in PIL: the pixel at (x, y) comes from (ax + by + c, dx + ey + f),
-    where the middle of the first pixel is (0.5, 0.5).
+    Args:
+        matrix: a, b, c, d, e, f of shape (B, 1, 1, 1) as in PIL: the pixel at (x, y) comes from
+            (ax + by + c, dx + ey + f), where the centre of the first pixel is (0.5, 0.5).
     """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) + 0.5
@@ -374,7 +418,7 @@ def warp(images: Tensor, matrix: list[Tensor]) -> Tensor:
 
 
 def inside(boxes: Tensor, images: Tensor) -> Tensor:
-    """Which pixels, (B, 1, H, W), lie in boxes (B, 4) of left, top, right and bottom in pixels."""
+    """Says which pixels, (B, 1, H, W), lie in boxes (B, 4) of left, top, right and bottom in pixels."""
     height, width = images.shape[2:]
     left, top, right, bottom = boxes[:, :, None, None].unbind(1)
     x = torch.arange(width, device=images.device)
@@ -383,11 +427,11 @@ def inside(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def partners(rows: Tensor) -> Tensor:
-    """Rows 1, 0, 3, 2, ..."""
+    """Swaps the rows of each pair: rows 1, 0, 3, 2, ..."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix(images: Tensor, draws: Tensor) -> Tensor:
-    """Pairs of images mixed: one over the other, or with a rectangle exchanged; `draws` as `Augmentation.draw` says."""
+    """Mixes pairs of images, one over the other or by exchanging a rectangle; see `mix` of `Augmentation.draw`."""
     own, others = draws[:, 0, None, None, None], partners(images)
     return torch.where(inside(draws[:, 2:], images), others, own * images + (1 - own) * others)

@@ -1,8 +1,8 @@
-"""From the bytes of an image file to pixels; as a script, a process that does this for another one.
+"""Decodes image files to pixels; run as a script, this is a process that decodes for another one.
 
-It needs Pillow and numpy only, so that such a process starts in a fraction of a second and stays small. It reads
-requests from standard input, JSON behind its length and then the images that are no files, and answers in the same
-way on standard output. It ends when its input ends, which the system sees to however the asking process died.
+It needs only Pillow and numpy, so that such a process starts in a fraction of a second and stays small. A request comes
+on standard input: its length, JSON, and the contents of images that are no files. The answer goes to standard output in
+the same form. The process ends when its input ends, and the system closes the input however the other process dies.
 """
 
 import io
@@ -42,19 +42,25 @@ def decode(
     size: tuple[int, int],
     num_channels: int,
     annotated: tuple[int, int] | None = None,
+    quick: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
-    """The pixels (C, h, w), uint8, of an image, and what had to be converted.
+    """Decodes one image.
 
     Args:
-        file: its path or its content. Of an animation the first frame counts.
-        box: what to cut out. None: the largest part in the middle that has the shape of `size`.
+        file: its path or its content. The first frame of an animation is taken.
+        box: the part to cut out. None: the largest part in the middle that has the shape of `size`.
         size: height and width, to which the part is resized, bicubic.
-        num_channels: 1 for grey, 3 for RGB. Transparency is left out, 16 bits are cut to 8.
-        annotated: height and width of the image that boxes were drawn on. If they are those of the image before it is
-            turned upright, it stays so; if neither, the image is bad.
+        num_channels: 1 for grey, 3 for RGB. Transparency is dropped, and 16 bits are cut to 8.
+        annotated: height and width of the image that boxes were drawn on. An image that has this size only before it
+            is turned upright is not turned; an image that has it neither before nor after is bad.
+        quick: whether a JPEG of at least four times the size is decoded at a fraction of its own, which changes its
+            pixels a little and is good enough to train on. Otherwise the pixels are those that a pipeline sees.
+
+    Returns:
+        (C, h, w), uint8, and the names of the conversions.
 
     Raises:
-        Exception: of any kind, the image is corrupt; `is_bad_image` tells it from a failure of the system.
+        Exception: any kind, for a corrupt image; `is_bad_image` tells it from a failure of the system.
     """
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -65,27 +71,32 @@ def decode(
         elif image.mode != ("L" if num_channels == 1 else "RGB"):
             conversions.append(KINDS.get(image.mode, {"L": "grey", "RGB": "colour"}.get(image.mode, image.mode)))
         orientation = _annotated_orientation(image, annotated)
-        if image.format in ("JPEG", "MPO"):
+        if quick and image.format in ("JPEG", "MPO"):
             _shrink(image, orientation, box, size)
         image.load()
         turn = UPRIGHT.get(orientation)
-        image = _convert(image, num_channels)
-    if turn is not None:
-        conversions.append("EXIF-rotated")
-        image = image.transpose(turn)
+        if turn is not None:
+            conversions.append("EXIF-rotated")
+            image = image.transpose(turn)
+        return view(image, box, size, num_channels), conversions
+
+
+def view(image: Image.Image, box: Box | None, size: tuple[int, int], num_channels: int) -> np.ndarray:
+    """Cuts out and resizes a part of an upright image to (C, h, w), uint8; see `decode`."""
+    image = _convert(image, num_channels)
     image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, _pixel_box(image.size, box, size))
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), conversions
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def aspect(file: str | bytes) -> float:
-    """Width / height of the upright image, from its head; 1 of a bad one."""
+    """Reads width / height of the upright image from its header; 1 for a bad image."""
     height, width = upright_size(file) or (1, 1)
     return width / height
 
 
 def upright_size(file: str | bytes) -> tuple[int, int] | None:
-    """Height and width of the upright image, from its head; None of a bad one."""
+    """Reads height and width of the upright image from its header; None for a bad image."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return _turned(image.size, _orientation(image))[::-1]
@@ -96,7 +107,7 @@ def upright_size(file: str | bytes) -> tuple[int, int] | None:
 
 
 def is_bad_image(error: Exception) -> bool:
-    """Whether the image is to blame, and not the memory or a disk that answers again tomorrow."""
+    """Whether an error is the image's fault, and not that of the memory or of a disk that may recover."""
     if isinstance(error, OSError) and error.errno is not None:
         return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     return not isinstance(error, MemoryError)
@@ -108,43 +119,47 @@ def decode_all(
     num_channels: int,
     pixels: Sequence[np.ndarray],
     annotated: Sequence[tuple[int, int]] | None = None,
+    quick: bool = False,
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Decodes into `pixels`, B arrays (C, h, w). Returns why an image is bad and what was converted, by place in the
-    batch."""
+    """Decodes a batch into `pixels`, B arrays (C, h, w).
+
+    Returns:
+        By position in the batch, why an image is bad, and what was converted.
+    """
     failures, conversions = {}, {}
-    for place, file in enumerate(files):
+    for position, file in enumerate(files):
         try:
             if not file:
                 raise ValueError("no content")
-            box = None if boxes is None else boxes[place]
-            size = None if annotated is None else tuple(annotated[place])
-            pixels[place][:], converted = decode(file, box, pixels[place].shape[1:], num_channels, size)
+            box = None if boxes is None else boxes[position]
+            size = None if annotated is None else tuple(annotated[position])
+            pixels[position][:], converted = decode(file, box, pixels[position].shape[1:], num_channels, size, quick)
             if converted:
-                conversions[place] = converted
+                conversions[position] = converted
         except Exception as error:  # Pillow's readers raise nearly everything
             if not is_bad_image(error):
                 raise
-            failures[place] = _reason(error)
+            failures[position] = _reason(error)
     return failures, conversions
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image"  # Pillow's text is an address in memory
+        return "not an image"  # Pillow's text has an address in memory
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
-    """The number in the EXIF data; a TIFF is turned by Pillow itself."""
+    """Reads the orientation from the EXIF data; Pillow turns a TIFF itself."""
     try:
-        # Not image.getexif(), which of a PNG decodes everything first.
+        # image.getexif() would decode a whole PNG first.
         return 1 if image.format == "TIFF" else Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # damaged EXIF in a sound image
         return 1
 
 
 def _annotated_orientation(image: Image.Image, annotated: tuple[int, int] | None) -> int:
-    """How to turn an image so that it is as it was when boxes were drawn on it."""
+    """Finds the orientation in which an image is as it was when boxes were drawn on it."""
     orientation = _orientation(image)
     if annotated is None or _turned(image.size, orientation) == annotated[::-1]:
         return orientation
@@ -158,7 +173,7 @@ def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def _pixel_box(image_size: tuple[int, int], box: Box | None, size: tuple[int, int]) -> Box:
-    """Left, top, right and bottom in pixels of an image of this width and height."""
+    """Turns a box into left, top, right and bottom in pixels of an image of this width and height."""
     width, height = image_size
     if box is None:
         scale = max(size[0] / height, size[1] / width)
@@ -170,7 +185,7 @@ def _pixel_box(image_size: tuple[int, int], box: Box | None, size: tuple[int, in
 
 
 def _shrink(image: Image.Image, orientation: int, box: Box | None, size: tuple[int, int]) -> None:
-    """Lets a JPEG be decoded at a fraction of its size where that still leaves twice what is needed."""
+    """Makes Pillow decode a JPEG at a fraction of its size, if that leaves twice the pixels that are needed."""
     left, top, right, bottom = _pixel_box(_turned(image.size, orientation), box, size)
     spare = min((right - left) / size[1], (bottom - top) / size[0]) / 2
     if spare >= 2:
@@ -197,7 +212,11 @@ def write_message(file: BinaryIO, message: dict, *contents: bytes | memoryview) 
 
 
 def read_message(file: BinaryIO) -> dict:
-    """Raises EOFError at the end of the file."""
+    """Reads one message.
+
+    Raises:
+        EOFError: the file has ended.
+    """
     head = file.read(LENGTH.size)
     size = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else 0
     if not size or len(text := file.read(size)) < size:
@@ -206,7 +225,7 @@ def read_message(file: BinaryIO) -> dict:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers requests until there are no more of them."""
+    """Answers requests until there are no more."""
     while True:
         try:
             request = read_message(requests)
@@ -214,7 +233,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             num_channels = request["num_channels"]
             pixels = [np.zeros((num_channels, *size), np.uint8) for size in request["sizes"]]
             try:
-                failures, conversions = decode_all(files, request["boxes"], num_channels, pixels, request["annotated"])
+                failures, conversions = decode_all(
+                    files, request["boxes"], num_channels, pixels, request["annotated"], request["quick"]
+                )
             except OSError as error:
                 write_message(answers, {"error": [error.errno, error.strerror, error.filename]})
             else:
@@ -225,8 +246,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, while the trainer still saves
+    for number in (signal.SIGINT, signal.SIGTERM):  # the whole process group gets these while the trainer still saves
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     serve(sys.stdin.buffer, sys.stdout.buffer)
-    os._exit(0)  # without another try to send what nobody reads any more
+    os._exit(0)  # a normal exit would try again to send what nobody reads

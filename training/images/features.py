@@ -16,7 +16,8 @@ from hf_models.vit import pool
 from training.images.augment import Augmentation
 from training.images.read import read_images
 from training.images.rows import ImageRows
-from training.models import IMAGE_MODELS, normalisation_of
+from training.models import IMAGE_MODELS
+from training.processors import normalisation_of
 
 POOLINGS = ("class", "mean", "both")
 

@@ -1,6 +1,6 @@
-"""Where images lie: in folders of classes, in idx files, beside a table, in a data set of the `datasets` library.
+"""Reads images from folders of classes, idx files, tables of paths and data sets of the `datasets` library.
 
-Every reader returns an `ImageSet` for each split that it found. Nothing is decoded here.
+A reader returns an `ImageSet` for each split that it finds. Nothing is decoded here.
 """
 
 import gzip
@@ -26,10 +26,10 @@ from training.images.decoding import is_bad_image
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
 IMAGE_SUFFIXES |= {".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
-HASHED_BYTES = 2**31  # of more than this, an image's size and first bytes stand for it
+HASHED_BYTES = 2**31  # if all images have more, a digest covers only the size and the first bytes of each
 FIRST_BYTES = 2**12
 
-Splits = dict[str, "ImageSet"]  # "train", and "val" or without it "test" where they are there
+Splits = dict[str, "ImageSet"]  # "train", and "val" or else "test" if there is one
 
 
 # ------------------------------------------------------------------------------------------- images of one split
@@ -55,14 +55,14 @@ class ArrayImages:
         return [hashlib.sha256(image.tobytes()).digest() for image in self.pixels]
 
     def look(self, index: int) -> tuple[int, tuple[int, int]]:
-        """Channels, and height and width, of an image."""
+        """The number of channels, and height and width, of an image."""
         return self.pixels.shape[1], self.pixels.shape[2:]
 
 
 class StoredImages(ABC):
-    """What files and the rows of a data set have in common; see `image_rows.EncodedImages`."""
+    """Images that have to be decoded; see `rows.EncodedImages`."""
 
-    num_bytes: int  # of all of them
+    num_bytes: int  # of all images together
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -71,7 +71,8 @@ class StoredImages(ABC):
     def encoded(self, indices: np.ndarray) -> list[str | bytes]: ...
 
     def digests(self) -> list[bytes]:
-        """The sha256 of each, of size and first bytes where they are many, of the name where it cannot be read."""
+        """The sha256 of each image: of its content, or of size and first bytes if all are large, or of an unreadable
+        image's name."""
         is_whole = self.num_bytes <= HASHED_BYTES
         chunks = (np.arange(i, min(i + 256, len(self))) for i in range(0, len(self), 256))
         files = ((index, file) for chunk in chunks for index, file in zip(chunk, self.encoded(chunk), strict=True))
@@ -81,13 +82,13 @@ class StoredImages(ABC):
         return hashlib.sha256(self.name(index).encode(errors="replace")).digest()
 
     def look(self, index: int) -> tuple[int, tuple[int, int]] | None:
-        """Channels, and height and width, as the head of the image says; None if it says nothing."""
+        """Reads the number of channels, and height and width, from the image's header; None if it cannot be read."""
         [file] = self.encoded(np.array([index]))
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
                 return 1 if is_grey else 3, image.size[::-1]
-        except Exception:  # whatever is wrong with it is told when it is decoded
+        except Exception:  # decoding it will say what is wrong
             return None
 
 
@@ -115,7 +116,7 @@ class ImageFiles(StoredImages):
 
 
 class DatasetImages(StoredImages):
-    """The rows of a `datasets.Dataset` whose column holds undecoded images."""
+    """The undecoded images in a column of a `datasets.Dataset`."""
 
     def __init__(self, dataset, column: str, source: str, numbers: np.ndarray | None = None):
         self.dataset, self.column, self.source = dataset.select_columns([column]), column, source
@@ -140,7 +141,7 @@ class DatasetImages(StoredImages):
 
 
 def content_of(image: dict | str | None) -> str | bytes:
-    """The bytes or else the path of an undecoded image of the `datasets` library; no bytes for a missing one."""
+    """The bytes of an undecoded image of the `datasets` library, or else its path; b"" if it is missing."""
     if isinstance(image, str):
         return image
     image = image or {}
@@ -148,7 +149,7 @@ def content_of(image: dict | str | None) -> str | bytes:
 
 
 def _digest(file: str | bytes, is_whole: bool) -> bytes | None:
-    """None for a file that cannot be read."""
+    """The sha256 of a file; None if it cannot be read."""
     if isinstance(file, bytes):
         content, size = file, len(file)
     else:
@@ -164,7 +165,7 @@ def _digest(file: str | bytes, is_whole: bool) -> bytes | None:
 
 @dataclass
 class ImageSet:
-    """The images of one split, and their labels as they are written there: class names or numbers."""
+    """The images of one split, and their labels as the data has them: class names or numbers."""
 
     images: ArrayImages | ImageFiles | DatasetImages
     labels: list | None
@@ -180,7 +181,7 @@ class ImageSet:
 
 
 def embedded_digits() -> Splits:
-    """scikit-learn's 1,797 handwritten digits, 8x8; every fifth is for validation."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels. Every fifth digit is for validation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -201,7 +202,7 @@ def is_idx(path: Path) -> bool:
 
 
 def read_idx(files: list[Path], labelled: bool) -> Splits:
-    """The splits of the image files of the MNIST format, gzipped or not, with their labels beside them."""
+    """Reads files of the MNIST format, gzipped or not, and the labels beside them."""
     splits: dict[str, ImageSet] = {}
     for path in sorted(files):
         is_test = len(files) > 1 and re.search(r"t10k|test|val", path.name)
@@ -236,7 +237,7 @@ def _read_labels(images: Path, count: int) -> list[int]:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """An array of unsigned bytes from an idx file (LeCun's description of MNIST)."""
+    """Reads an array of unsigned bytes from an idx file (LeCun's description of MNIST)."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
@@ -256,7 +257,7 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def read_folder(root: Path, labelled: bool) -> Splits:
-    """A folder for each class, at the top or under train/ and val/ (valid*, dev*, test*)."""
+    """Reads folders that each hold a class, at the top or under train/ and val/ (valid*, dev*, test*)."""
     top = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     names = {name: split_of(name) for name in top if split_of(name) or any(_image_files(root / name))}
     if not names or not all(names.values()):
@@ -268,7 +269,7 @@ def read_folder(root: Path, labelled: bool) -> Splits:
 
 
 def needed(splits: Container[str], validation: str = "val") -> list[str]:
-    """Those to read, of those that there are: a test part is for validation where there is no other."""
+    """Chooses the splits to read. The test part validates if there is no validation part."""
     held_out = [split for split in (validation, "test") if split in splits]
     return ["train"] * ("train" in splits) + held_out[:1]
 
@@ -293,7 +294,7 @@ def _read_classes(root: Path, labelled: bool) -> ImageSet:
 
 
 def _image_files(root: Path) -> Iterator[Path]:
-    """The images under a folder, sorted; hidden files and folders do not count, nor links back to a folder above."""
+    """Yields the images under a folder, sorted, without hidden ones. Links to a folder above are not followed."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
         above = [Path(folder).resolve(), *Path(folder).resolve().parents]
         subfolders[:] = sorted(
@@ -308,7 +309,7 @@ def _image_files(root: Path) -> Iterator[Path]:
 
 
 def read_table(table: Table, root: Path, image_column: str, label_column: str | None) -> ImageSet:
-    """Paths of images, relative to the table's folder, and labels."""
+    """Reads a table of labels and of image paths, which are relative to `root`."""
     paths = table.column(image_column, "image_column")
     missing = []
     for row, path in enumerate(paths):
@@ -327,7 +328,7 @@ def read_table(table: Table, root: Path, image_column: str, label_column: str | 
 
 
 def read_dataset(dataset, source: str, image_column: str, label_column: str | None, root: Path) -> ImageSet:
-    """One split of a Hub data set or of a parquet file. Paths in it are relative to `root`."""
+    """Reads one split of a Hub data set or of a parquet file. Paths in it are relative to `root`."""
     dataset, class_names = undecoded(dataset, source, image_column, label_column)
     if class_names is None and label_column is not None:
         labels = list(dataset[label_column])
@@ -346,9 +347,13 @@ def read_dataset(dataset, source: str, image_column: str, label_column: str | No
 
 
 def undecoded(dataset, source: str, image_column: str, label_column: str | None):
-    """A data set that gives images as they are stored, and the names of its classes.
+    """Makes a data set return images as they are stored.
 
-    Raises ValueError naming the columns there are if one is missing or holds something else.
+    Returns:
+        The data set, and the names of its classes if it has them.
+
+    Raises:
+        ValueError: a column is missing or holds something else; the message lists the columns.
     """
     import datasets
 
@@ -373,6 +378,7 @@ def _image_type() -> type:
 
 
 def name_of(label: int | None, class_names: list[str], where: str) -> str:
+    """The name of a class id. Raises ValueError if the id is out of range."""
     if label is None or not 0 <= label < len(class_names):
         raise ValueError(
             f"{where}: label {label} is outside of the {len(class_names)} classes, 0 to {len(class_names) - 1}"
@@ -381,8 +387,12 @@ def name_of(label: int | None, class_names: list[str], where: str) -> str:
 
 
 def label_ids(names: list[str], labels: list | None = None) -> dict[str, int]:
-    """The id of every label, spelled out. Where `labels` are given and none is a name, they count the names, as those
-    of idx files may."""
+    """Maps every label, as text, to its class id.
+
+    Args:
+        names: the classes in the order of their ids.
+        labels: if none of them is a name, labels are taken for ids, as in idx files.
+    """
     by_name = {name: number for number, name in enumerate(names)}
     if labels and not by_name.keys() & set(map(str, labels)):
         return {str(number): number for number in range(len(names))}
@@ -390,5 +400,6 @@ def label_ids(names: list[str], labels: list | None = None) -> dict[str, int]:
 
 
 def unknown_label(label, ids: dict[str, int]) -> str:
+    """The part of an error message that names an unknown label and the classes."""
     shown = ", ".join(list(ids)[:20]) + (", ..." if len(ids) > 20 else "")
     return f"the label {label!r}, which is none of the {len(ids)} classes: {shown}"

@@ -17,7 +17,8 @@ from training import figures
 from training.images.decoding import decode_all
 from training.images.read import read_images
 from training.images.rows import ArrayRows
-from training.models import evaluating, normalisation_of
+from training.models import evaluating
+from training.processors import normalisation_of
 
 
 def attention_maps(model: PreTrainedModel, pixel_values: torch.Tensor, mean=0.5, std=0.5) -> Figure:

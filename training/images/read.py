@@ -1,9 +1,9 @@
-"""Images to train on: handwritten digits, local files of every kind, a Hub data set, a stream.
+"""Reads images to train on: handwritten digits, local files of every kind, a Hub data set, a stream.
 
     images = read_images("photos/", num_workers=2)  # photos/cat/1.jpg, photos/dog/2.png, ...
     images.train.images([0, 1, 2], size=(224, 224)), images.train.labels[:3], images.label_names
 
-`image_files.py` finds the images, `image_rows.py` makes batches of them, `image_stream.py` those of a stream.
+`formats.py` finds the images, `rows.py` loads them, and `stream.py` reads a stream.
 """
 
 from collections import Counter
@@ -33,13 +33,13 @@ from training.images.formats import (
 from training.images.rows import ArrayRows, BadImageLimit, Decoder, EncodedRows, ImageRows
 from training.images.stream import stream_images
 
-SMALL = 128  # pixels of a side
-NUM_LOOKED_AT = 256  # images, to find out their channels and size
+SMALL = 128  # pixels of a side; smaller images of one size keep their size
+NUM_LOOKED_AT = 256  # images that channels and size are taken from
 
 
 @dataclass
 class ImageData:
-    """What `--data` names. `notes` is for a person to read; `fingerprint` covers images, labels and split."""
+    """The data that `--data` names. `notes` are for a person; `fingerprint` covers images, labels and split."""
 
     train: ImageRows
     validation: ImageRows
@@ -67,29 +67,30 @@ def read_images(
     seed: int = 0,
     num_workers: int = 0,
 ) -> ImageData:
-    """The images that `data` names.
+    """Reads the images that `data` names.
 
-    data: "embedded" (scikit-learn's digits); a folder with a folder for each class, at the top or under train/ and
-        val/ or test/; a folder with idx files (the MNIST format), or one of them; a .csv, .json, .jsonl or .parquet
-        file with a column of paths, relative to it, or (parquet) of contents; a folder that `datasets` has saved; or
-        a Hub data set, "name" or "name:config".
-    validation_data: other data of these kinds to validate on: what it has for that, or else to train on.
-    validation_fraction: held out of each class where the data has no part for validation: the images with the
-        smallest sha256, so that neither order nor duplicates matter. `seed` chooses others.
-    label_names: the classes in the order of their ids, by default sorted or as the data set has them. Labels that
-        are numbers may be called by other names.
-    num_channels: 1 makes all images grey, 3 colour; by default grey if all are, and colour for a stream.
-    streaming: read a Hub data set or parquet files as they arrive, see `stream_images`.
-    max_bad_images: the part of the images that may be unreadable; those are replaced, see `EncodedRows`.
-    num_workers: processes that decode, 0: none.
-    Raises ValueError for what is missing, broken or ambiguous, naming it.
+    Args:
+        data: "embedded" (scikit-learn's digits); a folder with a folder for each class, at the top or under train/ and
+            val/ or test/; a folder with idx files (the MNIST format), or one such file; a .csv, .json, .jsonl or
+            .parquet file with a column of paths, relative to it, or (parquet) of contents; a folder that `datasets` has
+            saved; or a Hub data set, "name" or "name:config".
+        validation_data: other data of these kinds to validate on: its validation part, or else its training part.
+        validation_fraction: the part of each class to hold out where the data has no validation part; see
+            `choose_validation`.
+        image_column, label_column: columns of a table or data set.
+        label_names: the classes in the order of their ids; None: sorted, or as the data set has them. Labels that are
+            numbers may be called by other names.
+        labelled: whether labels are needed.
+        num_channels: 1 makes all images grey, 3 colour; None: grey if all images are, colour for a stream.
+        streaming: whether to read a Hub data set or parquet files as they arrive, see `stream_images`.
+        max_bad_images: the part of the images that may be unreadable and is then replaced, see `EncodedRows`.
+        seed: chooses the images to hold out.
+        num_workers: processes that decode; 0: this process does.
+
+    Raises:
+        ValueError: something is missing, broken or ambiguous; the message names it.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
-    if not 0 <= max_bad_images <= 1:
-        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
-    if num_channels not in (None, 1, 3):
-        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
+    check_ranges(validation_fraction, max_bad_images, num_channels)
     if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
         raise ValueError(f"label_names must be several different names, not {','.join(label_names)!r}")
     columns = image_column, label_column if labelled else None
@@ -136,25 +137,35 @@ def read_images(
         labels = [_number_labels(part, ids, data) for part in (train, validation)]
     channels, image_size = look_at(train, num_channels, data)
 
-    def rows(part: ImageSet, labels: np.ndarray | None) -> ImageRows:
+    def rows(part: ImageSet, labels: np.ndarray | None, quick: bool) -> ImageRows:
         if isinstance(part.images, ArrayImages):
             return ArrayRows(part.images.pixels, labels, num_channels=channels)
-        return EncodedRows(part.images, labels, num_channels=channels, **options)
+        return EncodedRows(part.images, labels, num_channels=channels, quick=quick, **options)
 
     hashed = [digest_of(part) for part in (digests, held_out_digests)]
     numbers = [None if part is None else part.tolist() for part in labels]
     fingerprint = fingerprint_of("images", names, hashed, numbers)
     if data == "embedded":
         source = "scikit-learn's 1,797 handwritten digits"
-    parts = map(rows, (train, validation), labels)
+    parts = map(rows, (train, validation), labels, (True, False))
     return ImageData(*parts, names, channels, image_size, fingerprint, source, train.license, notes)
+
+
+def check_ranges(validation_fraction: float, max_bad_images: float, num_channels: int | None):
+    """Raises ValueError if an option of a reader of images is out of its range."""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, not {validation_fraction}")
+    if not 0 <= max_bad_images <= 1:
+        raise ValueError(f"max_bad_images must lie between 0 and 1, not {max_bad_images}")
+    if num_channels not in (None, 1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (colour), not {num_channels}")
 
 
 # ------------------------------------------------------------------------------------------------ kinds of data
 
 
 def _read(data: str, image_column: str, label_column: str | None) -> Splits:
-    """The splits of what `data` names, at least one."""
+    """Reads the splits of what `data` names, at least one."""
     path, labelled = Path(data).expanduser(), label_column is not None
     if data == "embedded":
         return embedded_digits()
@@ -174,7 +185,7 @@ def _read(data: str, image_column: str, label_column: str | None) -> Splits:
 
 
 def _from_datasets(found, path: Path, image_column: str, label_column: str | None, source: str = "") -> Splits:
-    """The splits of a `datasets.DatasetDict`, or of a `datasets.Dataset`, which is to train on."""
+    """Reads the splits of a `datasets.DatasetDict`; a `datasets.Dataset` is one split to train on."""
     source = source or str(path)
     if not isinstance(found, dict):
         found = {"train": found}
@@ -188,7 +199,7 @@ def _from_datasets(found, path: Path, image_column: str, label_column: str | Non
 
 
 def root_of(path: Path) -> Path:
-    """What paths in a data set are relative to: its folder, or for one of the Hub this one."""
+    """The folder that paths in a data set are relative to: its own, or the current one for a Hub data set."""
     return path if path.is_dir() else path.parent if path.exists() else Path()
 
 
@@ -205,7 +216,17 @@ def _open_stream(data: str):
 
 
 def choose_validation(digests: list[bytes], labels: list | None, fraction: float, seed: int) -> np.ndarray:
-    """Whether each image is for validation: a part of each class, and at least one of it if it has several."""
+    """Chooses the images to validate on: a part of each class, and at least one image of a class that has several.
+
+    The choice is by content, so that neither order nor duplicates matter; see `hold_out`. Another seed chooses others.
+
+    Args:
+        digests: (N,), the sha256 of each image.
+        labels: (N,), or None to take all images for one class.
+
+    Returns:
+        (N,) bool.
+    """
     held_out = np.zeros(len(digests), bool)
     if fraction == 0:
         return held_out
@@ -224,6 +245,7 @@ def _where(digests: list[bytes], chosen: np.ndarray) -> list[bytes]:
 
 
 def overlap(train: list[bytes], validation: list[bytes], images: ImageSet) -> list[str]:
+    """Notes validation images that are training images too, and training images that are repeated."""
     seen = set(train)
     notes = []
     if both := [number for number, digest in enumerate(validation) if digest in seen]:
@@ -235,7 +257,7 @@ def overlap(train: list[bytes], validation: list[bytes], images: ImageSet) -> li
 
 
 def _name_classes(train: ImageSet, given: list[str] | None, data: str) -> list[str]:
-    """The classes in the order of their ids; numbers are sorted by size."""
+    """Names the classes in the order of their ids; numbers are sorted by size."""
     names = given or train.class_names
     if names is None:
         found = {str(label) for label in train.labels}
@@ -249,7 +271,11 @@ def _name_classes(train: ImageSet, given: list[str] | None, data: str) -> list[s
 
 
 def _number_labels(images: ImageSet, ids: dict[str, int], data: str) -> np.ndarray:
-    """Class ids (N,) int64. Raises ValueError naming the image whose label is none of the classes."""
+    """Turns labels into class ids, (N,) int64.
+
+    Raises:
+        ValueError: a label is none of the classes; the message names the image.
+    """
     for number, label in enumerate(images.labels):
         if str(label) not in ids:
             raise ValueError(f"{data}: {images.images.name(number)} has {unknown_label(label, ids)}")
@@ -257,7 +283,7 @@ def _number_labels(images: ImageSet, ids: dict[str, int], data: str) -> np.ndarr
 
 
 def look_at(train: ImageSet, num_channels: int | None, data: str) -> tuple[int, tuple[int, int] | None]:
-    """The channels of the images, and their size if it is small and one for all, from a few hundred of them."""
+    """Finds the channels of the images, and their size if all are small and of one size, from a few hundred images."""
     if len(train.images) == 0:
         raise ValueError(f"{data} has no image to train on")
     chosen = np.unique(np.linspace(0, len(train.images) - 1, NUM_LOOKED_AT).astype(int))

@@ -1,4 +1,4 @@
-"""Batches of images: from memory, or decoded from files in processes of their own.
+"""Images by number: from memory, or decoded from files in processes of their own.
 
     rows = EncodedRows(files, labels, num_channels=3, decoder=Decoder(num_workers=2))
     indices = rows.draw(first=0, count=128, seed=0)  # the first batch of the training
@@ -21,11 +21,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.data.prefetch import Prefetcher
 from training.images import decoding
+from training.images.augment import grey
 from training.run.seeds import generator
 
 
@@ -34,9 +36,9 @@ class BadImages(OSError, ValueError):
 
 
 class ImageRows(ABC):
-    """Images in a fixed order, `labels` (N,) int64 beside them (None without).
+    """Images in a fixed order, and their `labels`, (N,) int64 or None.
 
-    Which pixels come depends on the arguments only, neither on other images of the batch nor on processes or threads.
+    The pixels of an image depend only on the arguments of `images`, not on other images of the batch or on processes.
     """
 
     def __init__(self, labels: np.ndarray | None):
@@ -51,48 +53,56 @@ class ImageRows(ABC):
 
     @abstractmethod
     def aspects(self, indices) -> np.ndarray:
-        """Width / height of these images as they stand upright, (B,)."""
+        """Width / height of these images when upright, (B,)."""
 
     @property
     def labels(self) -> np.ndarray | None:
         return self._labels
 
     def images(self, indices, boxes=None, size: tuple[int, int] = (224, 224)) -> Tensor:
-        """The images with these numbers, (B, C, h, w) uint8 on the CPU.
+        """Loads the images with these numbers.
 
         Args:
-            boxes: (B, 4), what to cut out of each: left, top, width and height as fractions of the upright image, from
-                0 to 1. None: the largest part in the middle that has the shape of `size`, as for evaluation.
-            size: height and width, to which the part is resized, bicubic.
+            indices: (B,).
+            boxes: (B, 4), the part to cut out of each image: left, top, width and height as fractions of the upright
+                image. None: the largest part in the middle that has the shape of `size`, as for evaluation.
+            size: height and width to which the part is resized, bicubic.
+
+        Returns:
+            (B, C, h, w), uint8 on the CPU.
         """
         request = _request(indices, boxes, size)
         return self._ahead.take(_key(*request), self._load, *request)
 
     def prefetch(self, indices, boxes=None, size: tuple[int, int] = (224, 224)) -> None:
-        """Begins in the background what `images` will be asked for with the same arguments."""
+        """Begins to load in the background what `images` will return for the same arguments."""
         request = _request(indices, boxes, size)
         self._ahead.begin(_key(*request), self._load, *request)
 
     def draw(self, first: int, count: int, seed: int) -> np.ndarray:
-        """The numbers of the images that are samples `first` to `first + count` of a training, counted over all
-        epochs (step * global batch + position). Every epoch has an order of its own, a function of seed and epoch."""
-        epochs, places = np.divmod(np.arange(first, first + count), len(self))
-        drawn = [permutation(len(self), seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        """Says which images are the samples `first` to `first + count` of a training.
+
+        Samples are counted over all epochs (step * global batch + position). Every epoch has an order of its own, which
+        depends on seed and epoch only.
+        """
+        epochs, positions = np.divmod(np.arange(first, first + count), len(self))
+        drawn = [permutation(len(self), seed, int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(drawn)
 
-    def among(self, places: np.ndarray) -> "ImageRows":
-        """The same images under the same numbers, where only those at `places` are asked for or stand for others."""
+    def among(self, indices: np.ndarray) -> "ImageRows":
+        """The same images under the same numbers, but only those at `indices` are used, or replace bad ones."""
         return self
 
     def report(self, gather: Callable[[list], list] = list) -> list[str]:
-        """What was converted or skipped so far, counted and named.
+        """Counts and names the images that were converted or replaced so far.
 
-        gather: from a list to those of all processes, one behind the other, each of which has decoded its own images.
+        Args:
+            gather: concatenates the lists of all processes, each of which has decoded its own images.
         """
         return []
 
     def external_files(self) -> dict[str, dict]:
-        """Files outside the checkpoint that resuming needs, as the training loop asks for them: those of a stream."""
+        """Files outside the checkpoint that resuming needs: the shards of a stream."""
         return {}
 
 
@@ -121,10 +131,10 @@ def _key(indices: np.ndarray, boxes: np.ndarray | None, size: tuple[int, int]) -
 
 
 class ArrayRows(ImageRows):
-    """Images of one size, all in memory: (N, C, H, W) uint8 with 1, 3 or 4 channels, of which the fourth is left out.
+    """Images of one size in memory, (N, C, H, W) uint8 with 1, 3 or 4 channels; the fourth channel is left out.
 
-    They are cut and resized as the products with two matrices, one a side, which is as exact as Pillow and for small
-    images much quicker.
+    Boxes are cut out and resized by two matrix products, one for each side, which is as exact as Pillow and much
+    quicker for small images. Pillow itself resizes whole images, so that a pipeline sees the same pixels.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, *, num_channels: int):
@@ -138,23 +148,21 @@ class ArrayRows(ImageRows):
         return np.full(len(indices), self.pixels.shape[3] / self.pixels.shape[2])
 
     def _load(self, indices, boxes, size):
-        pixels = self.pixels[torch.from_numpy(indices)]
-        if self.num_channels == 1 and pixels.shape[1] > 1:
-            luma = (pixels[:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-            pixels = luma.round().to(torch.uint8)
-        pixels = resize(pixels[:, :3], boxes, size)
+        pixels = self.pixels[torch.from_numpy(indices)][:, :3]
+        if self.num_channels == 1:
+            pixels = grey(pixels.int()).to(torch.uint8)
+        if boxes is not None:
+            pixels = resize(pixels, boxes, size)
+        elif pixels.shape[2:] != size:
+            images = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in pixels]
+            views = [decoding.view(image, None, size, pixels.shape[1]) for image in images]
+            pixels = torch.from_numpy(np.stack(views))
         return pixels.expand(-1, self.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-def resize(pixels: Tensor, boxes: np.ndarray | None, size: tuple[int, int]) -> Tensor:
-    """Cuts out and resizes, bicubic with antialiasing: (B, C, H, W) uint8 to (B, C, h, w). See `ImageRows.images`."""
+def resize(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Cuts and resizes (B, C, H, W) uint8 to (B, C, h, w), bicubic with antialiasing; see `ImageRows.images`."""
     height, width = pixels.shape[2:]
-    if boxes is None:
-        if (height, width) == size:
-            return pixels
-        scale = max(size[0] / height, size[1] / width)
-        across, down = size[1] / scale / width, size[0] / scale / height
-        boxes = np.array([[(1 - across) / 2, (1 - down) / 2, across, down]])
     left, top, across, down = torch.from_numpy(boxes).float().T
     rows = _resize_matrix(top * height, down * height, height, size[0])[:, None]  # (B, 1, h, H)
     columns = _resize_matrix(left * width, across * width, width, size[1])[:, None]  # (B, 1, w, W)
@@ -162,7 +170,7 @@ def resize(pixels: Tensor, boxes: np.ndarray | None, size: tuple[int, int]) -> T
 
 
 def _resize_matrix(start: Tensor, extent: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
-    """The weights (B, outputs, inputs) of Pillow's bicubic filter (a = -0.5), widened where it makes smaller."""
+    """The weights (B, outputs, inputs) of Pillow's bicubic filter (a = -0.5), which is wider where an image shrinks."""
     scale = (extent / num_outputs)[:, None, None]
     centres = start[:, None, None] + (torch.arange(num_outputs)[:, None] + 0.5) * scale
     x = ((torch.arange(num_inputs) + 0.5 - centres) / scale.clamp(min=1)).abs_()
@@ -176,31 +184,35 @@ def _resize_matrix(start: Tensor, extent: Tensor, num_inputs: int, num_outputs: 
 
 
 class EncodedImages(Protocol):
-    """Image files, or what is in them."""
+    """Image files or their contents."""
 
     def __len__(self) -> int: ...
 
     def encoded(self, indices: np.ndarray) -> list[str | bytes]:
-        """The paths, or the contents, of these images."""
+        """The paths or the contents of these images."""
 
     def name(self, index: int) -> str:
-        """What to call an image when there is something wrong with it."""
+        """The name of an image in messages."""
 
 
 class BadImageLimit:
-    """The part of all images, for training and for validation, that may be bad."""
+    """Counts bad images, and refuses to go on when they are more than a part of all images.
+
+    Args:
+        part: the fraction of all images, for training and validation together, that may be bad.
+    """
 
     def __init__(self, part: float = 0.01):
         self.part, self.found = part, []
         self.lock = threading.Lock()  # bad images are found in the background as well
 
     def watch(self, source: EncodedImages) -> dict[int, str]:
-        """A place to note the bad images of this source: why, by number."""
+        """Returns a dict for the bad images of this source: the reason by number."""
         self.found.append((source, {}))
         return self.found[-1][1]
 
     def check(self) -> None:
-        """Raises BadImages, naming them, if there are more."""
+        """Raises BadImages, which names them, if there are more than allowed."""
         total, count = sum(len(source) for source, _ in self.found), sum(len(bad) for _, bad in self.found)
         if count > self.part * total:
             named = [name for source, bad in self.found for name in _reasons(source, bad)]
@@ -211,8 +223,11 @@ class BadImageLimit:
 
 
 class EncodedRows(ImageRows):
-    """Images that have to be decoded. A bad one is replaced by the next sound one with the same label, until there are
-    more of them than the limit allows: then `images` raises BadImages."""
+    """Images that have to be decoded.
+
+    A bad image is replaced by the next sound one with the same label. When there are more bad images than the limit
+    allows, `images` raises BadImages. `quick` is for images to train on; see `decoding.decode`.
+    """
 
     def __init__(
         self,
@@ -222,12 +237,14 @@ class EncodedRows(ImageRows):
         num_channels: int,
         decoder: "Decoder",
         limit: BadImageLimit,
+        quick: bool = False,
     ):
         super().__init__(labels)
         self.source, self.num_channels, self.decoder, self.limit = source, num_channels, decoder, limit
+        self.quick = quick
         self.bad = limit.watch(source)
         self.converted: dict[str, set[int]] = {}  # numbers, by kind
-        self._aspects = np.zeros(0, np.float32)  # 0: not known yet
+        self._aspects = np.zeros(0, np.float32)  # 0 where not known yet
 
     def __len__(self):
         return len(self.source)
@@ -239,11 +256,11 @@ class EncodedRows(ImageRows):
         self._aspects[unknown] = [decoding.aspect(file) for file in self.source.encoded(unknown)]
         return self._aspects[indices]
 
-    def among(self, places):
+    def among(self, indices):
         rows = copy.copy(self)
         rows._ahead = Prefetcher()
-        if self.labels is not None:  # the others are no class's, so that they stand for none
-            rows._labels = np.where(np.isin(np.arange(len(self)), places), self.labels, -1)
+        if self.labels is not None:  # the label -1 keeps other images from replacing these
+            rows._labels = np.where(np.isin(np.arange(len(self)), indices), self.labels, -1)
         return rows
 
     def report(self, gather=list):
@@ -260,32 +277,38 @@ class EncodedRows(ImageRows):
         return lines
 
     def _load(self, indices, boxes, size):
-        return self._decode(indices, lambda places, chosen: (None if boxes is None else boxes[places], size))[0]
+        return self._decode(indices, lambda positions, chosen: (None if boxes is None else boxes[positions], size))[0]
 
     def _decode(self, indices: np.ndarray, view: Callable) -> tuple[Tensor | list[Tensor], np.ndarray]:
-        """The images with these numbers, or others for bad ones, and the numbers of those.
+        """Decodes the images with these numbers, and others in the place of bad ones.
 
-        view: from places in the batch, and the numbers of the images there, to what `Decoder.decode` takes behind the
-            files: boxes, sizes, and whatever more.
+        Args:
+            view: called with positions in the batch and the numbers of the images there; returns the arguments of
+                `Decoder.decode` for each: boxes, sizes, and if need be the annotated sizes.
+
+        Returns:
+            The images, and the numbers of the images that they are.
         """
         chosen = np.array([self._sound(int(index)) for index in indices], np.int64)
-        places = np.arange(len(indices))
-        while len(places):
-            files = self.source.encoded(chosen[places])
-            boxes, sizes, *more = view(places, chosen[places])
-            decoded, failures, conversions = self.decoder.decode(files, boxes, sizes, self.num_channels, *more)
-            if len(places) == len(indices):
+        positions = np.arange(len(indices))
+        while len(positions):
+            files = self.source.encoded(chosen[positions])
+            boxes, sizes, *more = view(positions, chosen[positions])
+            decoded, failures, conversions = self.decoder.decode(
+                files, boxes, sizes, self.num_channels, *more, quick=self.quick
+            )
+            if len(positions) == len(indices):
                 pixels = decoded
             else:
-                for place, image in zip(places, decoded, strict=True):
-                    pixels[place] = image
-            for place, kinds in conversions.items():
+                for position, image in zip(positions, decoded, strict=True):
+                    pixels[position] = image
+            for position, kinds in conversions.items():
                 for kind in kinds:
-                    self.converted.setdefault(kind, set()).add(int(chosen[places[place]]))
-            for place, reason in failures.items():
-                self._note_bad(int(chosen[places[place]]), reason)
-            places = places[sorted(failures)]
-            chosen[places] = [self._sound(int(index)) for index in indices[places]]
+                    self.converted.setdefault(kind, set()).add(int(chosen[positions[position]]))
+            for position, reason in failures.items():
+                self._note_bad(int(chosen[positions[position]]), reason)
+            positions = positions[sorted(failures)]
+            chosen[positions] = [self._sound(int(index)) for index in indices[positions]]
         return pixels, chosen
 
     def _note_bad(self, index: int, reason: str) -> None:
@@ -297,7 +320,7 @@ class EncodedRows(ImageRows):
         tqdm.write(f"bad image, replaced by another: {self.source.name(index)}: {reason}", file=sys.stderr)
 
     def _sound(self, index: int) -> int:
-        """This image, or if it is bad the next one with the same label, counted round, that is not known to be."""
+        """Returns this image's number, or if it is bad that of the next sound one with the same label, going round."""
         if index not in self.bad:
             return index
         alike = self._alike(index)
@@ -309,7 +332,7 @@ class EncodedRows(ImageRows):
         raise BadImages(f"every image like {self.source.name(index)} is bad: {named}; mend them")
 
     def _alike(self, index: int) -> np.ndarray:
-        """The numbers of the images that may stand for this one, in order."""
+        """The numbers of the images that may replace this one, in order."""
         return np.arange(len(self)) if self.labels is None else np.flatnonzero(self.labels == self.labels[index])
 
 
@@ -322,8 +345,10 @@ def _listing(names: list[str], count: int) -> str:
 
 
 class Decoder:
-    """Decodes images in `num_workers` processes, or with 0 in this one. The processes start with the first batch and
-    end with this one, whatever ends it."""
+    """Decodes images in `num_workers` processes, or in this process if that is 0.
+
+    The processes start with the first batch and end with this process, whatever ends it.
+    """
 
     def __init__(self, num_workers: int = 0):
         self.num_workers = num_workers
@@ -337,11 +362,18 @@ class Decoder:
         sizes: tuple[int, int] | np.ndarray,
         num_channels: int,
         annotated: np.ndarray | None = None,
+        quick: bool = False,
     ) -> tuple[Tensor | list[Tensor], dict[int, str], dict[int, list[str]]]:
-        """Pixels, why an image is bad, and what was converted, both by place in the batch.
+        """Decodes a batch.
 
-        sizes: height and width of all, for pixels (B, C, h, w); or (B, 2), those of each, for B tensors (C, h, w).
-        annotated: (B, 2), see `decoding.decode`.
+        Args:
+            sizes: height and width of all images, or (B, 2) for the height and width of each.
+            annotated: (B, 2), see `decoding.decode`.
+            quick: one for all, see `decoding.decode`.
+
+        Returns:
+            (B, C, h, w), or for sizes of each image B tensors (C, h, w); by position in the batch, why an image is bad;
+            by position in the batch, what was converted.
         """
         if isinstance(sizes, tuple):
             pixels = torch.empty(len(files), num_channels, *sizes, dtype=torch.uint8)
@@ -351,29 +383,29 @@ class Decoder:
             arrays = [image.numpy() for image in pixels]
         boxes, annotated = (None if values is None else values.tolist() for values in (boxes, annotated))
         if not self.num_workers:
-            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated)
+            return pixels, *decoding.decode_all(files, boxes, num_channels, arrays, annotated, quick)
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.num_workers)
         length = max(1, min(32, -(-len(files) // (2 * self.num_workers))))
         parts = [slice(first, first + length) for first in range(0, len(files), length)]
         tasks = [
             self._threads.submit(
-                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part]
+                self._ask, files[part], boxes and boxes[part], arrays[part], annotated and annotated[part], quick
             )
             for part in parts
         ]
         failures, conversions = {}, {}
         for part, task in zip(parts, tasks, strict=True):
             for found, answered in zip((failures, conversions), task.result(), strict=True):
-                found.update({part.start + int(place): what for place, what in answered.items()})
+                found.update({part.start + int(position): what for position, what in answered.items()})
         return pixels, failures, conversions
 
-    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
-        for is_last in (False, True):  # one may have died for want of memory, or by somebody's hand
+    def _ask(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
+        for is_last in (False, True):  # a process may have run out of memory or been killed: try a second one
             if not hasattr(self._own, "process"):
                 self._own.process = _DecodingProcess()
             try:
-                return self._own.process.decode(files, boxes, pixels, annotated)
+                return self._own.process.decode(files, boxes, pixels, annotated, quick)
             except (EOFError, BrokenPipeError):
                 code = self._own.process.end()
                 del self._own.process
@@ -387,13 +419,13 @@ class Decoder:
 class _DecodingProcess:
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-P", decoding.__file__],  # -P: the names of our modules hide nothing
+            [sys.executable, "-P", decoding.__file__],  # -P: modules beside the script hide no library
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         self.end = weakref.finalize(self, _end, self.process)
 
-    def decode(self, files, boxes, pixels: list[np.ndarray], annotated) -> tuple[dict, dict]:
+    def decode(self, files, boxes, pixels: list[np.ndarray], annotated, quick: bool) -> tuple[dict, dict]:
         contents = [file for file in files if isinstance(file, bytes)]
         request = {
             "files": [file if isinstance(file, str) else len(file) for file in files],
@@ -401,6 +433,7 @@ class _DecodingProcess:
             "num_channels": len(pixels[0]),
             "sizes": [image.shape[1:] for image in pixels],
             "annotated": annotated,
+            "quick": quick,
         }
         decoding.write_message(self.process.stdin, request, *contents)
         answer = decoding.read_message(self.process.stdout)

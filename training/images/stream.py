@@ -1,4 +1,4 @@
-"""Images from a stream that is larger than the memory, or not yet here."""
+"""Images from a stream, which may be larger than the disk or still on its way."""
 
 import functools
 from pathlib import Path
@@ -28,11 +28,17 @@ def stream_images(
     limit: BadImageLimit,
     rows_per_shard: int = ROWS_PER_SHARD,
 ) -> tuple["StreamedRows", EncodedRows, list[str], str | None, str]:
-    """Training and validation images, names of the classes, licence, fingerprint of a `datasets.IterableDatasetDict`.
+    """Opens a `datasets.IterableDatasetDict` to train on as it arrives.
 
-    Validation is the first NUM_HELD_OUT images of the split "validation" or "test", or else of "train", which then
-    goes on behind them. The fingerprint covers the name and these images, since nobody has seen the others yet. Paths
-    are relative to `root`.
+    The first NUM_HELD_OUT images of the split "validation" or "test" validate; without such a split, the first images
+    of "train" do, and training begins behind them.
+
+    Args:
+        root: the folder that paths in the data are relative to.
+
+    Returns:
+        Training images, validation images, the names of the classes, the licence, and a fingerprint, which covers the
+        name and the validation images, because the others have not arrived yet.
     """
     import datasets
 
@@ -76,12 +82,16 @@ def stream_images(
     )
     options = {"num_channels": num_channels, "decoder": decoder, "limit": limit}
     held_out = EncodedRows(held_out.images, None if labels is None else np.array(labels), **options)
-    return StreamedRows(shards, None, **options), held_out, class_names, train.info.license or None, fingerprint
+    streamed = StreamedRows(shards, None, quick=True, **options)
+    return streamed, held_out, class_names, train.info.license or None, fingerprint
 
 
 class Shards(ShardFolder):
-    """The images of a stream, undecoded: a shard holds `rows_per_shard` of them, one behind the other, and the JSON
-    file beside it says where each of them ends, and their labels."""
+    """The undecoded images of a stream, on disk.
+
+    A shard holds `rows_per_shard` images, one behind the other. The JSON file beside it says where each image ends, and
+    its label.
+    """
 
     def __init__(
         self,
@@ -97,8 +107,8 @@ class Shards(ShardFolder):
     ):
         self.dataset, self.source, self.image_column, self.label_of = dataset, source, image_column, label_of
         self.root, self.rows_per_shard = root, rows_per_shard
-        self.labels = np.zeros(0, np.int64)  # of all images so far
-        self._rows = None  # the open stream, behind the last shard
+        self.labels = np.zeros(0, np.int64)  # of all images that have arrived
+        self._rows = None  # the open stream; it continues behind the last shard
         self._open = functools.lru_cache(maxsize=4)(self._map)
         key = fingerprint_of(fingerprint, image_column, rows_per_shard, 1)
         super().__init__(Path(constants.HF_HOME) / "hf_models" / "images" / f"stream-{key[:32]}", timeout)
@@ -111,8 +121,8 @@ class Shards(ShardFolder):
         for index in indices:
             shard, first = self.shard_of(int(index))
             ends = self.found[shard]["ends"]
-            place = int(index) - first
-            images.append(self._open(shard)[ends[place - 1] if place else 0 : ends[place]].tobytes())
+            row = int(index) - first
+            images.append(self._open(shard)[ends[row - 1] if row else 0 : ends[row]].tobytes())
         return images
 
     def name(self, index):
@@ -140,7 +150,9 @@ class Shards(ShardFolder):
             content = content_of(self._next[self.image_column])
             if isinstance(content, str):
                 file = self.root / content
-                content = file.read_bytes() if file.is_file() else b""  # bad, and replaced when its turn comes
+                content = (
+                    file.read_bytes() if file.is_file() else b""
+                )  # a bad image, which is replaced when its turn comes
             size += len(content)
             where = self.name(len(self) + len(contents))
             labels.append(-1 if self.label_of is None else self.label_of(self._next, where))
@@ -153,8 +165,11 @@ class Shards(ShardFolder):
 
 
 class StreamedRows(EncodedRows):
-    """Images of a stream, of which as many are there as were needed so far. Shards are used in order of arrival, and
-    the images of one in an order of each epoch. When the stream has ended, epochs begin anew."""
+    """Images of a stream, of which only as many are on disk as were needed so far.
+
+    Shards are used in order of arrival, and the images of a shard in a new order in each epoch. When the stream has
+    ended, the next epoch begins.
+    """
 
     source: Shards
 
@@ -176,7 +191,7 @@ class StreamedRows(EncodedRows):
         return self.source.external_files()
 
     def _alike(self, index):
-        """Those of the same shard, whatever others are there by now."""
+        """Only images of the same shard: later ones may have arrived or not."""
         shard, begin = self.source.shard_of(index)
         numbers = np.arange(begin, self.source.ends[shard])
         return numbers if self.labels is None else numbers[self.labels[numbers] == self.labels[index]]

@@ -1,4 +1,4 @@
-"""What is measured of a model of images on those held out, as it trains and, more closely, at the end."""
+"""The measures of an image model on held-out images, during the training and in more detail at its end."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,12 @@ from training.run.processes import take_turns
 
 
 class ImageValidation:
-    """The held-out images in batches, of which every process takes every n-th."""
+    """The held-out images in batches that are shared among the processes.
+
+    Args:
+        augmentation: that of the training, whose size and normalisation are used.
+        batch_size: images of a batch.
+    """
 
     def __init__(
         self,
@@ -42,10 +47,10 @@ class ImageValidation:
         self.size = (augmentation.height, augmentation.width)
 
     def batches(self) -> Iterator[tuple[np.ndarray, Tensor, bool]]:
-        """For each batch of this process: its images' places, their normalised pixels on the device, and whether it
-        counts (see `take_turns`)."""
-        places = np.arange(len(self.rows))
-        batches = [places[first : first + self.batch_size] for first in range(0, len(places), self.batch_size)]
+        """Yields for each batch of this process its images' numbers, their normalised pixels on the device, and
+        whether it counts (see `take_turns`)."""
+        indices = np.arange(len(self.rows))
+        batches = [indices[first : first + self.batch_size] for first in range(0, len(indices), self.batch_size)]
         mine = list(take_turns(self.accelerator, batches))
         for number, (chosen, counts) in enumerate(mine):
             pixels = self.rows.images(chosen, size=self.size).to(self.accelerator.device)
@@ -54,18 +59,18 @@ class ImageValidation:
             yield chosen, self.augmentation.normalize(pixels), counts
 
     def pixels(self, count: int) -> Tensor:
-        """The first of them, (B, C, H, W) uint8, as the model sees them."""
+        """The first `count` images, (B, C, H, W) uint8, as the model sees them."""
         return self.rows.images(np.arange(min(count, len(self.rows))), size=self.size)
 
     def example(self) -> Image.Image:
-        """One to try the model with."""
+        """An image to try the model with."""
         return Image.fromarray(self.pixels(1)[0].permute(1, 2, 0).squeeze(2).numpy())
 
 
 class ClassValidation(ImageValidation):
-    """Loss and accuracies, and at the end those of each class."""
+    """Measures loss and accuracies, and at the end the accuracy of each class."""
 
-    latest: dict[str, Any] | None = None  # what `measure` found last, in this process
+    latest: dict[str, Any] | None = None  # the last results of `measure` in this process
 
     def measure(self, model) -> dict[str, Any]:
         self.latest = self.results(model)
@@ -73,11 +78,11 @@ class ClassValidation(ImageValidation):
 
     @torch.no_grad()
     def results(self, model) -> dict[str, Any]:
-        """Everything that `ImageClassification` computes."""
+        """Computes all measures of `ImageClassification`."""
         found = []
-        for places, pixel_values, counts in self.batches():
+        for indices, pixel_values, counts in self.batches():
             logits = model(pixel_values).logits.float()
-            labels = torch.from_numpy(self.rows.labels[places]).to(logits.device)
+            labels = torch.from_numpy(self.rows.labels[indices]).to(logits.device)
             losses = F.cross_entropy(logits, labels, reduction="none")
             ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
             if counts:
@@ -88,7 +93,10 @@ class ClassValidation(ImageValidation):
         return metric.compute(num_labels=len(self.label_names))
 
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-        """Each class's accuracy, and the run's pictures. results: what `measure` found of this model."""
+        """Computes each class's accuracy and draws the run's pictures.
+
+        results: what `measure` returned for this model.
+        """
         is_latest = self.latest is not None and self.latest["loss"] == results["eval_loss"]
         latest = self.latest if is_latest else self.results(model)
         measured = dict(zip(self.label_names, latest["per_class_accuracy"], strict=True))
@@ -99,12 +107,13 @@ class ClassValidation(ImageValidation):
 
 
 class ReconstructionValidation(ImageValidation):
-    """The loss of a masked autoencoder, each image masked in the same way every time; at the end what its features are
-    good for, and reconstructions.
+    """Measures the loss of a masked autoencoder; at the end also its features, and draws reconstructions.
+
+    Each image is masked in the same way every time.
 
     Args:
-        num_masked, num_patches: of each image.
-        labelled: training images whose labels may be used for that; None: there are none.
+        num_masked, num_patches: masked and all patches of each image.
+        labelled: training images with labels to measure the features with; None: features are not measured.
     """
 
     def __init__(
@@ -125,15 +134,17 @@ class ReconstructionValidation(ImageValidation):
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
         sums = []
-        for places, pixel_values, counts in self.batches():
-            noise = self.noise[places].to(pixel_values.device)
+        for indices, pixel_values, counts in self.batches():
+            noise = self.noise[indices].to(pixel_values.device)
             loss = float(model(pixel_values, noise=noise, num_items_in_batch=1).loss)
             sums += [loss] if counts else []
         return {"eval_loss": math.fsum(gather_object(sums)) / (len(self.rows) * self.num_masked)}
 
     def look_closer(self, model, results: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-        """Accuracies of the nearest neighbours and of a linear classifier by the encoder's features, and the run's
-        pictures; on the main process, which gets a model of its own for that, whole and in float32."""
+        """Measures nearest neighbours and a linear classifier on the encoder's features, and draws the run's pictures.
+
+        The main process does this, with a whole copy of the model in float32.
+        """
         whole = whole_copy(self.accelerator, model, ZooViTMAEForPreTraining)
         if whole is None:
             return {}, {}
@@ -155,8 +166,11 @@ class ReconstructionValidation(ImageValidation):
 def whole_copy(
     accelerator: Accelerator, model: nn.Module, model_class: type[PreTrainedModel]
 ) -> PreTrainedModel | None:
-    """A model of the main process's own, not split and in float32, with this one's weights; None on the others. Every
-    process calls it."""
+    """Copies a model that may be split over processes. Every process calls this.
+
+    Returns:
+        On the main process the whole model in float32, on the others None.
+    """
     tensors, _ = gather_training_state(model, [])
     if not accelerator.is_main_process:
         return None

@@ -1,4 +1,4 @@
-"""Rows from a stream of documents that is larger than the disk, or not yet here."""
+"""Rows from a stream of documents, which may be larger than the disk or still on its way."""
 
 import functools
 from collections import deque
@@ -25,13 +25,17 @@ class Rows(Protocol):
 
 
 class StreamedTokens(ShardFolder):
-    """Rows of a stream: shards of tokens are written to the token folder as their documents arrive.
+    """Rows of a stream, whose tokens are written to the token folder, shard by shard, as documents arrive.
 
-    Shard k holds tokens k R T to (k + 1) R T, R = rows_per_shard and T = context_length, and the one behind them, which
-    a window's last label needs. The JSON file beside it says where in the stream it began and where the next one
-    begins, as (document, token in it). So a new process goes on exactly there. `rows_of(tokens, shard)` makes the rows
-    of a shard, without it `TokenRows`. Shards are used in order of arrival, rows within one in an order of each epoch.
-    When the stream has ended, `num_rows` is known and epochs begin anew; less than T tokens at its end are left over.
+    With R = rows_per_shard and T = context_length, shard k holds the tokens from k R T to (k + 1) R T, and one more,
+    which the last label needs. The JSON file beside it says where in the stream the shard and the next one begin, as
+    (document, token in the document), so that another process can go on exactly there. Shards are used in order of
+    arrival, and the rows of a shard in a new order in each epoch. When the stream has ended, `num_rows` is known and
+    the next epoch begins; fewer than T tokens at the end are left over.
+
+    Args:
+        rows_of: makes the rows of a shard from its tokens and number; None: `TokenRows`.
+        timeout: seconds to wait for a shard that another process writes.
     """
 
     def __init__(
@@ -52,18 +56,18 @@ class StreamedTokens(ShardFolder):
         self._rows_of = rows_of or (
             lambda tokens, shard: TokenRows(tokens, context_length, seed, separator_id, shard=shard)
         )
-        self._documents: Iterator[np.ndarray] | None = None  # the open stream, behind the last document of _pending
+        self._documents: Iterator[np.ndarray] | None = None  # the open stream; it continues behind _pending
         self._pending: deque[np.ndarray] = deque()
         self._shard_rows = functools.lru_cache(maxsize=4)(self._open_shard)
         super().__init__(token_folder() / f"stream-{key[:32]}", timeout)
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of an epoch; None until the end of the stream has been seen."""
+        """The number of rows of an epoch; None until the stream has ended."""
         return self.ends[-1] if self.has_ended else None
 
     def rows(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """Rows `first` to `first + count` of the training; writes or waits for the shards that are needed."""
+        """Makes rows `first` to `first + count`. Writes the shards that are needed, or waits for them."""
         self.provide(first + count)
         parts, end = [], first + count
         while first < end:
@@ -91,7 +95,7 @@ class StreamedTokens(ShardFolder):
         if self._documents is None:
             self._documents = encode_documents(self.tokenizer, self.corpus.train.skip(document))
         available = sum(map(len, self._pending)) - token
-        # One row more than the shard holds: whether there is one tells whether this shard is the last.
+        # Read one row more than the shard holds: if there is none, this shard is the last.
         while available < (self.rows_per_shard + 1) * self.context_length + 1:
             if (tokens := next(self._documents, None)) is None:
                 break

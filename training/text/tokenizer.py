@@ -1,4 +1,4 @@
-"""Tokenizers for a corpus: made from it, or an existing one; and documents to token ids with it."""
+"""Makes or loads the tokenizer of a corpus, and turns documents into token ids."""
 
 import re
 from collections import Counter
@@ -26,17 +26,23 @@ BERT_TOKENS = {
 def make_tokenizer(
     kind: str, corpus: Corpus, vocab_size: int = 4096, *, context_length: int, masked: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer for `corpus`: "char", "bpe", "wordpiece", or the name or folder of an existing one.
+    """Makes a tokenizer for a corpus, or loads an existing one.
 
-    "char": one token for every distinct character of both splits. "bpe": byte-level byte-pair encoding (Sennrich et
-    al. 2016; bytes as in GPT-2) with `vocab_size` tokens. Both have one special token, `<|endoftext|>`, and decode to
-    exactly the text they encoded. "wordpiece": BERT's (Devlin et al. 2019) with at most `vocab_size` tokens: text is
-    lower-cased and loses its accents, words are split at white space and punctuation and then into pieces. "bpe" and
-    "wordpiece" are learnt from the training split; the same text gives the same vocabulary.
-    masked: for a masked language model; "wordpiece" always is. The special tokens are then BERT's, [PAD] (id 0), [UNK],
-        [CLS], [SEP] and [MASK], and a text is read as [CLS] a [SEP], a pair as [CLS] a [SEP] b [SEP] with token types.
-    Raises ValueError for an existing tokenizer that does not load, is slow or (masked) lacks one of these tokens, for
-    a vocab_size without room, and for a stream to learn from.
+    Args:
+        kind: "char": one token for every character of both splits. "bpe": byte-level byte-pair encoding (Sennrich et
+            al. 2016; bytes as in GPT-2) with `vocab_size` tokens. Both have one special token, `<|endoftext|>`, and
+            decode to exactly the text they encoded. "wordpiece": BERT's (Devlin et al. 2019) with at most `vocab_size`
+            tokens: text is lower-cased and loses its accents, words are split at white space and punctuation and then
+            into pieces. "bpe" and "wordpiece" are learnt from the training split, and the same text gives the same
+            vocabulary. Anything else is the name or folder of an existing tokenizer.
+        context_length: the most tokens of a text that the model reads.
+        masked: whether the tokenizer is for a masked language model; "wordpiece" always is. The special tokens are then
+            BERT's, [PAD] (id 0), [UNK], [CLS], [SEP] and [MASK]; a text is read as [CLS] a [SEP], and a pair as
+            [CLS] a [SEP] b [SEP] with token types.
+
+    Raises:
+        ValueError: an existing tokenizer does not load, is slow or (masked) lacks one of these tokens; `vocab_size` is
+            too small; or the tokenizer would be learnt from a stream.
     """
     if kind not in ("char", "bpe", "wordpiece"):
         return _existing_tokenizer(kind, context_length, masked)
@@ -55,7 +61,7 @@ def make_tokenizer(
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
-        # A token with the space before its word covers the word alone, so that an answer begins with a letter.
+        # The offsets of a token leave out the space before its word, so that an answer begins with a letter.
         trimmed = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
         backend.post_processor = processors.Sequence([trimmed, joined]) if kind == "bpe" else joined
     return PreTrainedTokenizerFast(
@@ -82,13 +88,13 @@ def _existing_tokenizer(name: str, context_length: int, masked: bool) -> PreTrai
 
 
 def missing_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Which of the tokens that a masked language model reads are not there, like ["mask_token"]."""
+    """Lists the tokens of a masked language model that a tokenizer lacks, such as ["mask_token"]."""
     needed = ("pad_token", "cls_token", "sep_token", "mask_token")
     return [name for name in needed if getattr(tokenizer, name) is None]
 
 
 def _added_tokens(masked: bool) -> list[AddedToken]:
-    # With bytes the space before a word is part of it, so a mask takes that space along.
+    # In byte-level tokenizers the space before a word is part of it, so [MASK] takes the space along.
     return [
         AddedToken(token, special=True, normalized=False, lstrip=token == "[MASK]")
         for token in (BERT_TOKENS.values() if masked else [END_OF_TEXT])
@@ -127,14 +133,15 @@ def _byte_pairs(corpus: Corpus, vocab_size: int, special: list[AddedToken]) -> T
 
 
 def _word_pieces(corpus: Corpus, vocab_size: int, special: list[AddedToken]) -> Tokenizer:
-    """BERT's tokenizer, learnt by byte-pair encoding.
+    """Learns BERT's tokenizer by byte-pair encoding.
 
-    `WordPieceTrainer` breaks ties by the order of a hash table, which differs from run to run. `BpeTrainer` does not,
-    so words are given a mark in front: a piece with it begins a word, a piece without goes on with one ("##...").
+    `WordPieceTrainer` breaks ties by the order of a hash table, which differs from run to run; `BpeTrainer` does not.
+    For it, every word gets a mark in front: a piece with the mark begins a word, a piece without it continues one
+    ("##...").
     """
     if vocab_size < len(special) + 2:
         raise ValueError(f"vocab_size must leave room for letters beside {len(special)} special tokens: {vocab_size}")
-    normalizer, mark = normalizers.BertNormalizer(lowercase=True), "\x00"  # which the normaliser leaves in no text
+    normalizer, mark = normalizers.BertNormalizer(lowercase=True), "\x00"  # the normaliser removes it from texts
     counts = Counter()
     for text in corpus.train:
         counts.update(text)
@@ -142,7 +149,7 @@ def _word_pieces(corpus: Corpus, vocab_size: int, special: list[AddedToken]) -> 
     for character, count in counts.items():
         for letter in normalizer.normalize_str(character).split():
             letters.update(dict.fromkeys(letter, count))
-    # As in BERT the thousand most frequent ones; each has two pieces. A word with another one is [UNK].
+    # As in BERT, keep the thousand most frequent letters, each as two pieces. A word with another letter is [UNK].
     kept = sorted(letters, key=lambda letter: (-letters[letter], letter))[: (vocab_size - len(special)) // 2][:1000]
     words = pre_tokenizers.BertPreTokenizer()
     pairs = Tokenizer(models.BPE())
@@ -165,7 +172,7 @@ def _learn(backend: Tokenizer, trainer, corpus: Corpus) -> Tokenizer:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that ends a document: end of text, or BERT's separator."""
+    """The id of the token that ends a document: end of text, or BERT's separator."""
     token = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if token is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no eos or sep token to end documents with: set one")
@@ -173,11 +180,12 @@ def separator_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Identifies how a tokenizer encodes documents."""
     return fingerprint_of(_encoder(tokenizer).to_str(), separator_id(tokenizer))
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the Rust tokenizer that reads everything as plain text, `<|endoftext|>` spelt out included."""
+    """Copies the Rust tokenizer to one that reads everything as plain text, even `<|endoftext|>` spelt out."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_truncation()
     encoder.no_padding()
@@ -186,7 +194,7 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """For each document its token ids, ended by the separator; nothing for an empty one. In parallel, inside Rust."""
+    """Yields the token ids of each document, ended by the separator, or none for an empty document."""
     encoder, separator = _encoder(tokenizer), np.array([separator_id(tokenizer)], np.uint32)
     cut = _pieces if _may_be_cut(encoder) else lambda text: [text]
     pieces = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
@@ -203,18 +211,18 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
 
 
 def _may_be_cut(encoder: Tokenizer) -> bool:
-    """Whether a text cut before white space gives the same tokens; not where every text gets a space put before it."""
+    """Whether a text that is cut before white space gives the same tokens; not so if texts get a space in front."""
     pieces = ["one", " two", "\nthree"]
     whole, *parts = encoder.encode_batch_fast(["".join(pieces), *pieces], add_special_tokens=False)
     return whole.ids == [token for part in parts for token in part.ids]
 
 
-# Between a letter or digit and white space neither GPT-2's pattern nor its successors' have a word that goes on.
+# No word of GPT-2's pattern or its successors' continues from a letter or digit into white space.
 _BORDER = re.compile(r"(?<=[^\W_])(?=\s)")
 
 
 def _pieces(text: str, size: int = 4096) -> Iterator[str]:
-    """Cut a long text where no token can span the cut, so that the pieces are encoded in parallel."""
+    """Cuts a long text where no token can span the cut, so that the pieces are encoded in parallel."""
     start = 0
     while len(text) - start > size and (border := _BORDER.search(text, start + size)):
         yield text[start : border.start()]

@@ -1,4 +1,4 @@
-"""Text for language models: documents -> tokenizer -> token cache -> rows, each step usable without the next.
+"""Token ids on disk, and rows of them to train on: documents -> tokenizer -> token cache -> rows.
 
     corpus = training.data.documents.read_documents("embedded")
     tokenizer = training.text.tokenizer.make_tokenizer("bpe", corpus, vocab_size=4096, context_length=256)
@@ -6,8 +6,9 @@
     rows = TokenRows(cache.tokens("train"), context_length=256, seed=0)
     rows.rows(first=0, count=8)  # {"input_ids": (8, 256), "shift_labels": (8, 256)}
 
-The last two steps are here; `masking.py` makes rows with masked tokens, and `stream.py` the rows of a stream.
-Dimensions: B rows of a batch, T tokens of a row (the context length).
+Each step is usable without the next. `masking.py` makes rows with masked tokens, and `stream.py` rows of a stream.
+
+B rows of a batch, T tokens of a row (the context length)
 """
 
 import fcntl
@@ -37,8 +38,11 @@ IGNORED_LABEL = -100
 
 
 class TokenCache:
-    """Token ids of the splits in memory-mapped files, `meta.json` beside them. Raises ValueError if one is missing or
-    of the wrong size."""
+    """The token ids of each split in a memory-mapped file, and `meta.json` beside them.
+
+    Raises:
+        ValueError: a file is missing or of the wrong size.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -52,23 +56,24 @@ class TokenCache:
                 raise ValueError(f"{self.folder / name}.bin is damaged: {sizes[name]} bytes; remove the folder")
 
     def tokens(self, split: str) -> np.ndarray:
-        """All tokens of a split, (num_tokens,), read-only, from disk as they are touched."""
+        """All tokens of a split, (num_tokens,), read-only. They are read from disk when they are used."""
         return np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], mode="r")
 
     def num_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the split's text, for bits per byte."""
+        """The UTF-8 bytes of a split's text, for bits per byte."""
         return self.meta["splits"][split]["num_bytes"]
 
 
 def token_folder() -> Path:
+    """The folder of all token caches."""
     return Path(constants.HF_HOME) / "hf_models" / "tokens"
 
 
 def tokenize_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> TokenCache:
-    """Tokenise a corpus (of a stream: its validation split), or open the cache of an earlier time.
+    """Tokenises a corpus, or opens the cache of an earlier run; of a stream only the validation split.
 
-    Every document is followed by the separator, except where a split is one document. All processes may call this:
-    the first writes while the others wait. It is written beside its place and renamed, so a kill leaves no half.
+    Every document is followed by the separator, unless a split is one document. All processes may call this: the first
+    writes and the others wait. The cache is written under another name and then renamed, so a kill leaves no half.
     """
     splits = {"train": corpus.train, "validation": corpus.validation}
     if corpus.streamed:
@@ -81,7 +86,7 @@ def tokenize_documents(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> To
         try:
             return TokenCache(folder)
         except ValueError:
-            pass  # not there yet, or damaged
+            pass  # the cache does not exist yet, or is damaged
         unfinished = Path(f"{folder}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -123,6 +128,7 @@ def _write_tokens(path: Path, documents: Documents, tokenizer, dtype: str, bar: 
 
 
 def token_type(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The smallest type that holds every token id."""
     return "uint16" if len(tokenizer) <= 2**16 else "uint32"
 
 
@@ -130,14 +136,19 @@ def token_type(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 class TokenRows:
-    """Training rows of T tokens, in an order that is a pure function of the seed.
+    """Training rows of T tokens, in an order that depends only on the seed.
 
     Row number g of the training, counted over all epochs (step * global batch + position), is row
-    permutation(seed, epoch)[g % num_rows] of epoch g // num_rows. An epoch begins its rows at an offset of its own,
-    so that the text is not cut at the same places every time: row r covers tokens[offset + r T : offset + r T + T + 1].
-    With `separator_id`, attention is kept within documents: position ids restart behind each separator (which is
-    what transformers' `create_causal_mask` reads borders from) and no token is predicted from another document.
-    With `shard` the tokens are that shard of a stream: the order is one of (seed, epoch, shard), the offset always 0.
+    permutation(seed, epoch)[g % num_rows] of epoch g // num_rows. Every epoch has an offset of its own, so that rows do
+    not cut the text at the same tokens every time: row r covers tokens[offset + r T : offset + r T + T + 1].
+
+    Args:
+        tokens: (num_tokens,).
+        context_length: T.
+        separator_id: keeps attention within documents: position ids restart behind each separator (transformers'
+            `create_causal_mask` finds the borders there), and no token is predicted from another document.
+        shard: the number of the shard of a stream that the tokens are. The order then depends on (seed, epoch, shard),
+            and the offset is 0.
     """
 
     def __init__(
@@ -154,10 +165,10 @@ class TokenRows:
                 f"context_length {context_length} needs {context_length + 1} tokens, but the training text has "
                 f"{len(tokens)}: shorten the context or give more text"
             )
-        self.tokens = np.asarray(tokens)  # the same mapped memory; np.memmap itself is slow to slice
+        self.tokens = np.asarray(tokens)  # the same memory, but np.memmap is slow to slice
         self.context_length, self.seed, self.separator_id = context_length, seed, separator_id
         if shard is None:
-            # As many as fit behind every offset below T, and one where the text is too short for that.
+            # Rows that fit behind every offset below T, or one row of a text that is too short for that.
             self.num_rows = max(1, (len(tokens) - context_length) // context_length)
             self._num_offsets = min(context_length, len(tokens) - self.num_rows * context_length)
             self._shard = []
@@ -170,7 +181,7 @@ class TokenRows:
         return int(random.integers(self._num_offsets)), random.permutation(self.num_rows)
 
     def rows(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """Rows `first` to `first + count`: input_ids (B, T) and shift_labels (B, T), the token after each."""
+        """Makes rows `first` to `first + count`: input_ids (B, T), and shift_labels (B, T), the token after each."""
         windows = []
         for index in range(first, first + count):
             epoch, position = divmod(index, self.num_rows)
@@ -181,7 +192,7 @@ class TokenRows:
 
 
 def _batch(windows: np.ndarray, separator_id: int | None) -> dict[str, torch.Tensor]:
-    """Inputs and labels from windows (B, T + 1); a window's padding is the ignored label."""
+    """Makes inputs and labels from windows (B, T + 1), whose padding is the ignored label."""
     tokens = torch.from_numpy(windows.astype(np.int64))
     inputs, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
     if separator_id is None:
@@ -198,9 +209,9 @@ def _batch(windows: np.ndarray, separator_id: int | None) -> dict[str, torch.Ten
 def evaluation_rows(
     tokens: np.ndarray, context_length: int, batch_size: int, separator_id: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The whole split once, in order, in windows of T side by side; the last is padded with ignored labels.
+    """Yields the whole split once, in order, in windows of T tokens side by side.
 
-    Every token but the first is predicted exactly once.
+    Every token but the first is predicted exactly once. The last window is padded with ignored labels.
     """
     if len(tokens) < 2:
         raise ValueError(f"the validation text has {len(tokens)} token(s), and predicting needs 2: give more text")

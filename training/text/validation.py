@@ -1,4 +1,4 @@
-"""What a masked language model makes of held-out text: right guesses, pseudo-perplexity, and guesses to read.
+"""The measures of a masked language model on held-out text: accuracy, pseudo-perplexity, and guesses to read.
 
 Dimensions: B rows of a batch, T tokens of a sentence, V the vocabulary, C classes.
 """
@@ -19,7 +19,12 @@ from training.text.tokens import IGNORED_LABEL
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> tuple[float, int, int]:
-    """Summed loss, labels that count, and right guesses, of scores (..., C) and labels (...)."""
+    """Sums the loss and counts the labels that are not ignored, and the right guesses.
+
+    Args:
+        scores: (..., C).
+        labels: (...).
+    """
     scores, labels = scores.flatten(0, -2).float(), labels.flatten()
     nll = F.cross_entropy(scores, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     return float(nll), int((labels != IGNORED_LABEL).sum()), int((scores.argmax(-1) == labels).sum())
@@ -34,17 +39,18 @@ def pseudo_perplexity(
     num_tokens: int,
     batch_size: int,
 ) -> float:
-    """exp(-1/N sum_t log p(w_t | all others)): each of N tokens is masked alone (Salazar et al. 2020, equations 1, 2).
+    """Computes exp(-1/N sum_t log p(w_t | all others)), masking one token at a time (Salazar et al. 2020, eq. 1, 2).
 
-    These are the first `num_tokens` of the text that are not special ([UNK] is), or all if it has less; there has to
-    be one. A token is read with the rest of its document, or of the part that fits into a row, and nothing else.
+    The N tokens are the first `num_tokens` of the text that are not special ([UNK] is special), or all of them if the
+    text has fewer; it needs at least one. The model reads a token with the rest of its document, or with the part of
+    the document that fits into a row.
     """
     special, nlls, left = torch.tensor(tokenizer.all_special_ids), [], num_tokens
     for part in _parts(tokens, tokenizer, row_length - 2):
-        places = torch.where(~torch.isin(part, special))[0][:left]
-        for some in places.split(batch_size) if len(places) else ():
+        positions = torch.where(~torch.isin(part, special))[0][:left]
+        for some in positions.split(batch_size) if len(positions) else ():
             nlls.append(F.cross_entropy(_scores(model, tokenizer, part, some), part[some], reduction="none"))
-        if not (left := left - len(places)):
+        if not (left := left - len(positions)):
             break
     return math.exp(torch.cat(nlls).double().mean())
 
@@ -53,30 +59,30 @@ def pseudo_perplexity(
 def guess_words(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray, row_length: int, num_sentences: int = 10
 ) -> str:
-    """Sentences of the text with one word masked, the model's five best guesses, and the word itself."""
+    """Writes sentences of the text with one word masked, the model's five best guesses, and the word itself."""
     lines = []
     for sentence, candidates in _sentences(tokens, tokenizer, row_length, num_sentences):
-        place = candidates[len(candidates) // 2]
-        best = _scores(model, tokenizer, sentence, torch.tensor([place])).softmax(-1)[0].topk(5)
+        position = candidates[len(candidates) // 2]
+        best = _scores(model, tokenizer, sentence, torch.tensor([position])).softmax(-1)[0].topk(5)
         guesses = [
             f"{tokenizer.decode([token]).strip()} {probability:.0%}"
             for token, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         masked = sentence.clone()
-        masked[place] = tokenizer.mask_token_id
+        masked[position] = tokenizer.mask_token_id
         text = " ".join(tokenizer.decode(masked).split())
-        lines.append(f"{text}\n    {', '.join(guesses)}  ({tokenizer.decode([sentence[place]]).strip()})")
+        lines.append(f"{text}\n    {', '.join(guesses)}  ({tokenizer.decode([sentence[position]]).strip()})")
     return "\n".join(lines)
 
 
 def _parts(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast, size: int) -> Iterator[Tensor]:
-    """Each document, (T,), in parts of at most `size` tokens."""
+    """Yields each document in parts (T,) of at most `size` tokens."""
     for begin, length in zip(*document_borders(tokens, separator_id(tokenizer)), strict=True):
         yield from torch.from_numpy(tokens[begin : begin + length].astype(np.int64)).split(size)
 
 
 def _sentences(tokens, tokenizer, row_length: int, count: int) -> list[tuple[Tensor, list[int]]]:
-    """Sentences of middling length, spread over the text, each with the places of its whole words; none is without."""
+    """Picks sentences of middling length, spread over the text, that have whole words, and the words' positions."""
     tokens, separator = np.asarray(tokens[: 2**20]), separator_id(tokenizer)
     ends = np.flatnonzero(sentence_ends(tokenizer)[tokens] | (tokens == separator)) + 1
     later = later_pieces(tokens, tokenizer)
@@ -86,18 +92,18 @@ def _sentences(tokens, tokenizer, row_length: int, count: int) -> list[tuple[Ten
     found = []
     for begin, end in pairwise([0, *ends.tolist()]):
         end -= tokens[end - 1] == separator
-        if 8 <= end - begin <= min(24, row_length - 2):  # with [CLS] and [SEP] it has to fit into a row
+        if 8 <= end - begin <= min(24, row_length - 2):  # a row also holds [CLS] and [SEP]
             sentence = torch.from_numpy(tokens[begin:end].astype(np.int64))
-            places = np.flatnonzero(is_word[begin:end]).tolist()
-            if places:
-                found.append((sentence, places))
+            positions = np.flatnonzero(is_word[begin:end]).tolist()
+            if positions:
+                found.append((sentence, positions))
     return found[:: max(1, len(found) // count)][:count]
 
 
-def _scores(model: nn.Module, tokenizer: PreTrainedTokenizerFast, sentence: Tensor, places: Tensor) -> Tensor:
-    """The scores (B, V) of every token at each of these places (B,) of the sentence, where that place is masked."""
+def _scores(model: nn.Module, tokenizer: PreTrainedTokenizerFast, sentence: Tensor, positions: Tensor) -> Tensor:
+    """Masks each of the positions (B,) of a sentence alone. Returns the scores (B, V) of all tokens there."""
     device = next(model.parameters()).device
     row = F.pad(F.pad(sentence, (1, 0), value=tokenizer.cls_token_id), (0, 1), value=tokenizer.sep_token_id)
-    places = places[:, None] + 1
-    rows = row.repeat(len(places), 1).scatter(1, places, tokenizer.mask_token_id)
-    return model(input_ids=rows.to(device), logits_to_keep=places.to(device))[0][:, 0].float().cpu()
+    positions = positions[:, None] + 1
+    rows = row.repeat(len(positions), 1).scatter(1, positions, tokenizer.mask_token_id)
+    return model(input_ids=rows.to(device), logits_to_keep=positions.to(device))[0][:, 0].float().cpu()

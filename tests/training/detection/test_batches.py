@@ -211,16 +211,16 @@ def test_a_crop_never_leaves_all_boxes_out_and_keeps_only_what_is_to_be_seen(row
     transform, lost, whole = data.transform, 0, 0
     for number in range(400):
         index = number % len(rows)
-        placed = transform.place(rows, index, transform.draw(number, 0))
-        left, top, width, height = placed.box
+        plan = transform.plan(rows, index, transform.draw(number, 0))
+        left, top, width, height = plan.box
         assert left >= 0 and top >= 0 and left + width <= 1 + 1e-9 and top + height <= 1 + 1e-9
         assert width * height >= 0.1 - 1e-9 and 3 / 4 - 1e-9 <= width / height <= 4 / 3 + 1e-9
-        assert len(placed.corners) or not len(rows.boxes(index))
-        assert (placed.corners >= 0).all() and (placed.corners <= 1).all()
-        extent = (placed.corners[:, 2:] - placed.corners[:, :2]) * [width, height]
+        assert bool(len(plan.corners)) == bool(len(rows.boxes(index)))
+        assert (plan.corners >= 0).all() and (plan.corners <= 1).all()
+        extent = (plan.corners[:, 2:] - plan.corners[:, :2]) * [width, height]
         areas = (rows.boxes(index)[:, 2:] - rows.boxes(index)[:, :2]).prod(1)
-        assert len(placed.classes) == len(placed.corners)
-        lost += len(rows.boxes(index)) - len(placed.corners)
+        assert len(plan.classes) == len(plan.corners)
+        lost += len(rows.boxes(index)) - len(plan.corners)
         whole += width * height == 1
         if len(areas) == 1 and len(extent) == 1:
             assert extent.prod() >= areas[0] * 0.5 - 1e-9

@@ -231,7 +231,8 @@ def test_the_parts_may_lie_side_by_side(kind, tmp_path):
         assert [objects_of(rows, data.label_names, index) for index in range(4)] == [
             (size, [tuple(box) for box in objects]) for size, objects in IMAGES
         ]
-    assert data.notes == ["4 of 4 validation images are training images too: 0.png, 1.png, 2.png, ..."] or kind == "voc"
+    images = ", ".join(f"valid/{number}.png" if kind == "voc" else f"{number}.png" for number in range(3))
+    assert data.notes == [f"4 of 4 validation images are training images too: {images}, ..."]
 
 
 def test_a_list_of_voc_may_name_images_without_annotation(tmp_path):

@@ -17,7 +17,7 @@ from training.detection.formats import Box, BoxSet
 from training.detection.read import DetectionRows
 from training.detection.validation import DetectionValidation
 from training.images.rows import BadImageLimit, Decoder
-from training.models import create_detection_processor
+from training.processors import create_detection_processor
 from training.run.processes import take_turns
 
 NAMES = ["cat", "dog", "cow"]
@@ -185,7 +185,7 @@ def test_a_pipeline_finds_what_the_evaluation_finds(make_detr, tmp_path, num_cha
     for place, image in enumerate(validation.images(range(len(rows)))):
         height, width = rows.sizes[place]
         answers = detect(image, threshold=0)
-        np.testing.assert_allclose([answer["score"] for answer in answers], found[place]["scores"], atol=1e-4)
+        np.testing.assert_allclose([answer["score"] for answer in answers], found[place]["scores"], atol=1e-5)
         assert [answer["label"] for answer in answers] == [NAMES[label] for label in found[place]["labels"]]
         boxes = [[answer["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for answer in answers]
         expected = found[place]["boxes"] * [width, height, width, height]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
 import yaml
 from huggingface_hub import HfApi, ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
 from PIL import Image
@@ -522,7 +521,7 @@ def checkpoint(run, make_model, tokenizer, masking_tokenizer):
         if of_text:
             (tokenizer if is_gpt else masking_tokenizer).save_pretrained(run)
         else:
-            kind = transformers.DetrImageProcessorPil if "Detr" in family else transformers.ViTImageProcessorPil
+            kind = hf_models.ZooDetrImageProcessor if "Detr" in family else hf_models.ZooViTImageProcessor
             kind(size={"height": 16, "width": 16}).save_pretrained(run)
             Image.effect_noise((40, 30), 64).convert("RGB").save(run / "example.png")
         card_of(run, results_of(task))

@@ -62,7 +62,7 @@ def test_what_happens_to_an_image_depends_on_seed_step_and_position_alone(option
 @pytest.mark.parametrize("options", [EVERYTHING | {"flip": 0.5}], ids=["everything"])
 def test_another_seed_step_or_position_draws_anew(options):
     draws = make(**options).draw(0, range(BATCH))
-    assert set(draws) == {"crop", "place", "colour", "operations", "parameters", "erased", "mix"}
+    assert set(draws) == {"crop", "shift", "colour", "operations", "parameters", "erased", "mix"}
     for other in (make(seed=1, **options).draw(0, range(BATCH)), make(**options).draw(1, range(BATCH))):
         assert all(not torch.equal(draws[name], other[name]) for name in draws)
     assert len({tuple(row) for row in draws["crop"].tolist()}) == BATCH
@@ -70,7 +70,7 @@ def test_another_seed_step_or_position_draws_anew(options):
 
 def test_an_option_changes_no_draw_of_another():
     few, all_ = make(translate=2).draw(0, range(4)), make(**EVERYTHING).draw(0, range(4))
-    assert torch.equal(few["place"], all_["place"])
+    assert torch.equal(few["shift"], all_["shift"])
 
 
 def test_with_everything_off_images_are_only_normalised():
@@ -122,11 +122,11 @@ def test_shifts_are_by_whole_pixels_with_black_coming_in():
     augment = make(200, translate=2)
     draws = augment.draw(0, range(200))
     images = augment(pixels, None, draws)[0]
-    for image, before, (down, right, _) in zip(images, pixels, draws["place"].int().tolist(), strict=True):
+    for image, before, (down, right, _) in zip(images, pixels, draws["shift"].int().tolist(), strict=True):
         padded = torch.nn.functional.pad(before, [2] * 4)
         shifted = padded[:, 2 - down : 12 - down, 2 - right : 14 - right]
         assert torch.equal(image, augment.normalize(shifted[None])[0])
-    assert {tuple(row) for row in draws["place"].tolist()} == {(y, x, 0) for y in range(-2, 3) for x in range(-2, 3)}
+    assert {tuple(row) for row in draws["shift"].tolist()} == {(y, x, 0) for y in range(-2, 3) for x in range(-2, 3)}
 
 
 @pytest.mark.parametrize("translate", [0, 2])

@@ -1,4 +1,3 @@
-import time
 from itertools import pairwise
 
 import datasets
@@ -291,7 +290,8 @@ def test_half_of_the_second_sentences_come_from_another_document(tokenizer):
 def test_pairs_are_parted_where_a_sentence_ends(tokenizer):
     text = with_sentences(TEXT)
     for label, first, second in pairs(epoch(MaskedRows(text, tokenizer, 128, 0, next_sentence=True))):
-        assert first[-1] == FULL_STOP or FULL_STOP not in [*first, *second[:-1]] or label == 1
+        if label == 0 and FULL_STOP in [*first, *second[:-1]]:
+            assert first[-1] == FULL_STOP
         if label == 1 and FULL_STOP in first:
             assert first[-1] == FULL_STOP
             before = np.flatnonzero(text == next(t for t in second if t != FULL_STOP))[0] - 1
@@ -345,7 +345,8 @@ def test_without_a_document_long_enough_the_second_sentence_stays(tokenizer):
     for lengths in ([40], [40, 1]):
         rows = MaskedRows(numbered(*lengths), tokenizer, 64, 0, next_sentence=True)
         for label, first, second in pairs(rows.rows(0, 50)):
-            assert label == 0 and second[0] == first[-1] + 1 or len(second) <= 40 / 8
+            follows = second[0] == first[-1] + 1
+            assert follows if label == 0 else not follows and len(second) <= 40 / 8
 
 
 # both
@@ -421,22 +422,10 @@ def test_what_it_cannot_work_with_is_named(tokenizer):
         MaskedRows(TEXT, unmasking, 64, 0, next_sentence=True)
 
 
-def test_a_batch_takes_a_few_milliseconds(tokenizer):
-    rows = MaskedRows(TEXT, tokenizer, 128, 0, next_sentence=True)
-    seconds = []
-    for first in range(0, 3200, 32):
-        begin = time.perf_counter()
-        rows.rows(first, 32)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 1e-2  # 2 ms where nothing else runs
-
-
 @pytest.mark.parametrize("next_sentence", [False, True])
-def test_an_epoch_of_a_hundred_thousand_rows_is_laid_out_in_a_second(tokenizer, next_sentence):
+def test_an_epoch_of_many_documents_has_a_row_for_most_of_its_tokens(tokenizer, next_sentence):
+    """`tests/benchmarks/text_rows.py` says how long laying it out takes."""
     random = np.random.default_rng(0)
-    text = random.integers(FIRST, LAST, 13_000_000).astype(np.uint16)
-    text[random.integers(0, len(text), 60_000)] = SEP
-    begin = time.perf_counter()
-    rows = MaskedRows(text, tokenizer, 128, 0, next_sentence=next_sentence)
-    rows.rows(0, 1)
-    assert rows.num_rows > 100_000 and time.perf_counter() - begin < 1
+    text = random.integers(FIRST, LAST, 130_000).astype(np.uint16)
+    text[random.integers(0, len(text), 600)] = SEP
+    assert MaskedRows(text, tokenizer, 128, 0, next_sentence=next_sentence).num_rows > 1_000

@@ -2,7 +2,6 @@ import hashlib
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -176,15 +175,3 @@ def test_evaluation_predicts_every_token_but_the_first_once(num_tokens):
 def test_evaluation_of_a_single_token_is_refused():
     with pytest.raises(ValueError, match="predicting needs 2"):
         next(evaluation_rows(np.arange(1), 8, 2))
-
-
-def test_a_batch_takes_well_under_a_millisecond(tmp_path):
-    np.arange(10**6, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    rows = TokenRows(np.memmap(tmp_path / "train.bin", np.uint16, mode="r"), context_length=64, seed=0)
-    rows.rows(0, 12)
-    seconds = []
-    for step in range(200):
-        begin = time.perf_counter()
-        rows.rows(step * 12, 12)
-        seconds.append(time.perf_counter() - begin)
-    assert np.median(seconds) < 1e-3
