@@ -21,8 +21,10 @@ REPOSITORY = Path(__file__).parents[1]
 # What has to hold on every supported version: caches and generation, runtimes, parity with the stock classes, code that
 # travels, fixtures, and a training that is killed and resumed.
 PART = [
+    "tests/test_base.py",
     "tests/test_families.py",
     "tests/test_fixtures.py",
+    "tests/test_gpt_decoder.py",
     "tests/test_gpt_runtimes.py",
     "tests/test_bert_runtimes.py",
     "tests/test_runtimes.py",

@@ -10,10 +10,10 @@ tells paraphrases apart. `--task` is one of
     tag         words and a tag for each: entities
     qa          a question and the part of a context that answers it
 
-`--data` takes a .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them; GLUE's names (cola, sst2, mrpc, stsb,
-qqp, mnli, mnli-mm, qnli, rte, wnli), squad, squad_v2, conll2003; any other data set of the Hub; by default docstrings
-of the standard library, to classify by the package they are from. `--model` takes a checkpoint of ours or a stock BERT,
-for the first three tasks a GPT (ours or GPT-2) too, or a name of the zoo to start from nothing.
+`--data` takes a .csv, .tsv, .json, .jsonl or .parquet file, or a folder of these; a name of GLUE (cola, sst2, mrpc,
+stsb, qqp, mnli, mnli-mm, qnli, rte, wnli), squad, squad_v2 or conll2003; or any other data set of the Hub. The default
+is docstrings of the standard library, to classify by their package. `--model` takes a BERT, ours or stock; for the
+first three tasks also a GPT, ours or GPT-2; or a name of the zoo, to start from fresh weights.
 """
 
 import math

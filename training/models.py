@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -16,16 +15,11 @@ from transformers import (
 
 from hf_models import ZooViTForImageClassification
 from hf_models.zoo import check_fields, create_config, create_model, find_entry
-from training.run.arguments import parse_fields
+from training.run.arguments import is_checkpoint, parse_fields
 from training.run.processes import fastest_attention
 
 # Parameters outside the head whose size depends on the number of classes.
 PER_CLASS = re.compile(r"\.(label_embed|proposal_class_head)\.")
-
-
-def is_checkpoint(name: str) -> bool:
-    """Whether `--model` names a folder or Hub repository, not a model of the zoo."""
-    return "/" in name or Path(name).exists()
 
 
 def load_or_create(

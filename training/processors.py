@@ -4,7 +4,7 @@ from transformers import ImageProcessingMixin
 from transformers.image_utils import PILImageResampling
 
 from hf_models import ZooDetrImageProcessor, ZooViTImageProcessor
-from training.models import is_checkpoint
+from training.run.arguments import is_checkpoint
 
 
 def read_image_processor(name: str) -> dict:

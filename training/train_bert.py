@@ -2,8 +2,8 @@
 
     accelerate launch training/train_bert.py
 
-trains on the documentation that ships with Python, in about a quarter of an hour of a processor's time. `--data` takes
-a .txt, .jsonl or .parquet file, a folder of them, or a data set's name on the Hub; `--recipe
+trains on the documentation that ships with Python, in about a quarter of an hour of processor time. `--data` takes a
+.txt, .jsonl or .parquet file, a folder of these, or the name of a data set on the Hub. `--recipe
 training/recipes/NAME.yaml` repeats a published run; `--help` lists every option. Rows are packed without padding, and
 only masked tokens are scored.
 """

@@ -3,10 +3,11 @@
     accelerate launch training/train_detr.py
     accelerate launch training/train_detr.py --data FOLDER --model detr-small
 
-The first learns to find handwritten digits on canvases, in minutes on a laptop's CPU. `--data` takes a folder in the
-layout of COCO, Pascal VOC or YOLO, a COCO .json, or a data set of the Hub with a column "objects". `--model` takes a
-name of the zoo, or a checkpoint to go on from: ours or a stock DETR; `--backbone_weights` the weights of a trained
-ResNet for a fresh model. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists all options.
+The first command learns to find handwritten digits on canvases, in minutes on a laptop's CPU. `--data` takes a folder
+in the layout of COCO, Pascal VOC or YOLO, a .json file of COCO, or a data set of the Hub with a column "objects".
+`--model` takes a name of the zoo, or a checkpoint to go on from, ours or a stock DETR. `--backbone_weights` takes the
+weights of a trained ResNet for a fresh model. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help`
+lists all options.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from training.hub.finish import finish
 from training.images.arguments import ImageArguments
 from training.images.batches import channel_statistics
 from training.images.validation import finish_measuring
-from training.models import create_image_model, describe, is_checkpoint, starting_config
+from training.models import create_image_model, describe, starting_config
 from training.processors import edges_of, normalisation_of
-from training.run.arguments import option, user_errors, with_defaults
+from training.run.arguments import is_checkpoint, option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train
 from training.run.processes import micro_batches
@@ -44,7 +45,7 @@ QUICKSTART = {  # minutes on two CPU cores
     "ema_decay": 0.99,
     "eval_every": 250,
 }
-MOST_PIXELS = 512  # of the shorter side, where nothing says how large images are to be
+MOST_PIXELS = 512  # of the shorter side, if neither the options nor a checkpoint say how large images have to be
 LONGER = 1333 / 800  # the longest side, as a multiple of the shorter one's pixels (Carion et al. 2020, appendix A.4)
 # Options that `DetectionTransform` takes as they are.
 CHANGES = ("scale_jitter", "crop", "crop_scale", "crop_visible", "flip", "color_jitter")
@@ -117,14 +118,19 @@ def is_stock(config: PreTrainedConfig) -> bool:
 def create_model(
     args: DetrArguments, start: PreTrainedConfig, images: DetectionData, device
 ) -> ZooDetrForObjectDetection:
-    """The model that `--model` names for the classes of the data, its backbone with the weights it is to begin with.
-    start: the config of what it names.
+    """Returns the model that `--model` names, for the classes of the data.
 
-    From a stock checkpoint all decoder layers are trained, as in the paper, unless `--config` has its own
-    `auxiliary_loss`: there the option is off to detect, and published checkpoints have it so.
+    Every decoder layer of a stock checkpoint is trained, as in the paper, unless `--config` sets `auxiliary_loss`.
+    Published checkpoints have this option off, since it is not needed to detect.
 
-    Raises ValueError if those do not fit, or are missing where the backbone cannot learn without."""
-    # The cells of an image are many, and the fused kernel is the faster one for them on a CPU too.
+    Args:
+        start: the config that `--model` names.
+
+    Raises:
+        ValueError: the weights of the backbone do not fit, or the backbone cannot learn without trained weights and
+            there are none.
+    """
+    # An image has many cells, and for many cells the fused kernel is faster on a CPU too.
     fields = {"num_channels": images.num_channels, "attn_implementation": "sdpa"}
     if is_stock(start):
         fields["auxiliary_loss"] = True
@@ -145,7 +151,7 @@ def create_model(
 
 
 def choose_edges(args: DetrArguments, images: DetectionData) -> tuple[int | None, int | None]:
-    """`shortest_edge` and `longest_edge` of `DetectionTransform`, from the options, the checkpoint or the data."""
+    """Returns `shortest_edge` and `longest_edge` of `DetectionTransform`, from options, checkpoint or data."""
     found = edges_of(args.model) if is_checkpoint(args.model) else None
     if args.shortest_edge is None and args.longest_edge is None:
         if found is not None:
@@ -158,7 +164,7 @@ def choose_edges(args: DetrArguments, images: DetectionData) -> tuple[int | None
 
 
 def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel: what trained weights expect, or those of the data."""
+    """Returns mean and standard deviation of each channel, as trained weights expect them, or of the data."""
     if found := normalisation_of(args.model, images.num_channels):
         return found
     if args.backbone_is_trained and images.num_channels == 3:

@@ -2,8 +2,8 @@
 
     accelerate launch training/train_gpt.py
 
-trains on the documentation that ships with Python, in a few minutes on a laptop's CPU; the README says what it prints
-and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or a data set's name on the Hub;
+trains on the documentation that ships with Python, in a few minutes on a laptop's CPU; the README shows what it prints
+and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of these, or the name of a data set on the Hub.
 `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists every option.
 """
 

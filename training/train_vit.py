@@ -3,10 +3,11 @@
     accelerate launch training/train_vit.py
     accelerate launch training/train_vit.py --objective mae --data FOLDER
 
-The first learns to read handwritten digits, in a few minutes on a laptop's CPU. `--data` takes a folder of images, one
-subfolder a class, or of idx files (the MNIST format); a .csv, .jsonl or .parquet file; or a data set's name on the Hub.
-`--model` takes a name of the zoo, or a checkpoint to go on from at any `--image_size`: ours or stock, a ViT or for its
-encoder a masked autoencoder. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists all options.
+The first command learns to read handwritten digits, in a few minutes on a laptop's CPU. `--data` takes a folder of
+images with a subfolder for each class, a folder of idx files (the MNIST format), a .csv, .jsonl or .parquet file, or
+the name of a data set on the Hub. `--model` takes a name of the zoo, or a checkpoint to go on from at any
+`--image_size`: a ViT, or a masked autoencoder for its encoder, ours or stock. `--recipe training/recipes/NAME.yaml`
+repeats a published run; `--help` lists all options.
 """
 
 import math
@@ -24,9 +25,9 @@ from training.images.read import ImageData, read_images
 from training.images.rows import ImageRows
 from training.images.stream import ROWS_PER_SHARD
 from training.images.validation import ClassValidation, ReconstructionValidation, finish_measuring
-from training.models import create_image_model, describe, is_checkpoint, starting_config
+from training.models import create_image_model, describe, starting_config
 from training.processors import create_image_processor, normalisation_of
-from training.run.arguments import one_line, option, user_errors, with_defaults
+from training.run.arguments import is_checkpoint, one_line, option, user_errors, with_defaults
 from training.run.folder import identify, open_run
 from training.run.loop import train
 from training.run.processes import micro_batches
@@ -42,7 +43,7 @@ QUICKSTART = {  # under three minutes on two CPU cores
     "eval_every": 100,
     "eval_batch_size": 256,
 }
-MODELS = {"classify": "vit-mini-patch2-8", "mae": "vit-mae-mini-patch4-28"}  # where none is given
+MODELS = {"classify": "vit-mini-patch2-8", "mae": "vit-mae-mini-patch4-28"}  # the defaults of --model
 # Options that `Augmentation` takes as they are.
 AUGMENTATION = ("translate", "flip", "rand_augment_ops", "rand_augment_magnitude", "color_jitter", "erasing", "mixup")
 AUGMENTATION += ("cutmix", "mix_probability", "label_smoothing")
@@ -53,6 +54,9 @@ class ViTArguments(with_defaults(ImageArguments, **QUICKSTART)):
     objective: Literal["classify", "mae"] = option("classify", "mae: reconstruct masked patches", "this script")
     config: str | None = option(None, "fields to change in it: 'hidden_size=192,pooling=mean'", "model")
     image_size: int | None = option(None, "pixels of a side; None: the model's", "model")
+    num_channels: int | None = option(
+        None, "1 grey, 3 colour; None: as the checkpoint or the data has it, 3 in a stream", "model"
+    )
     drop_path: float | None = option(None, "probability to leave the last block out (stochastic depth)", "model")
 
     labelled_fraction: float = option(
@@ -77,7 +81,7 @@ class ViTArguments(with_defaults(ImageArguments, **QUICKSTART)):
     def __post_init__(self):
         super().__post_init__()
         self.model = self.model or MODELS[self.objective]
-        if self.streaming and self.global_batch_size > ROWS_PER_SHARD:  # processes would wait for a shard not begun
+        if self.streaming and self.global_batch_size > ROWS_PER_SHARD:  # or processes wait for a shard not yet begun
             raise ValueError(f"global_batch_size of a stream is at most {ROWS_PER_SHARD}, not {self.global_batch_size}")
         for name in ("mixup", "cutmix", "label_smoothing"):
             if self.is_mae and getattr(self, name):

@@ -279,7 +279,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(condition, seconds: float = 60, what: str = "what was waited for"):
+def wait_for(condition, seconds: float = 180, what: str = "what was waited for"):
     """Polls until `condition()` is true and returns it."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -288,12 +288,14 @@ def wait_for(condition, seconds: float = 60, what: str = "what was waited for"):
     return result
 
 
-def children(pid: int) -> list[int]:
-    """The living child processes of a process."""
+def trainers_of(launcher: int) -> list[int]:
+    """The processes that run a script for a launcher, and not what else its imports have started."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children}
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
         return []
+    return [child for child, command in commands.items() if any(word.endswith(".py") for word in command[1:3])]
 
 
 def is_alive(pid: int) -> bool:

@@ -14,9 +14,9 @@ from tests.faults.processes import (
     TRAIN_GPT,
     assert_same_result,
     checkpoint_names,
-    children,
     is_alive,
     kill,
+    trainers_of,
     wait_for,
 )
 
@@ -101,7 +101,7 @@ def test_one_of_two_launched_processes_is_killed_and_the_command_repeated(traine
 
 def test_a_trainer_whose_launcher_was_killed_saves_and_ends(trainers, uninterrupted, tmp_path):
     run = trainers.launch(tmp_path / "run", "--fault", "orphan:step:9")
-    [trainer] = wait_for(lambda: children(run.pid))
+    [trainer] = wait_for(lambda: trainers_of(run.pid))
     run.wait(-signal.SIGKILL)
     wait_for(lambda: not is_alive(trainer), what="the end of the trainer")
     assert "stopped by the end of its launcher after step 9" in run.output
@@ -129,7 +129,7 @@ def test_random_kills_of_launched_runs(trainers, tmp_path):
         fault = f"kill:{choose.choice(['file', 'fsync', 'rename', 'rotation'])}:{choose.randint(1, 12)}"
         hooks = ["--fault", fault] if victim == "save" else []
         run = trainers.launch(tmp_path / "run", *hooks, dropout=0.1, **LONG)
-        [trainer] = wait_for(lambda: children(run.pid))  # noqa: B023
+        [trainer] = wait_for(lambda: trainers_of(run.pid))  # noqa: B023
         if victim != "save":
             wait_for(lambda: "vocabulary" in run.output, what="the start")  # noqa: B023
             time.sleep(choose.uniform(0, 0.8))

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.processes import assert_same_result, checkpoint_names, children, files, is_alive, wait_for
+from tests.faults.processes import assert_same_result, checkpoint_names, files, is_alive, trainers_of, wait_for
 
 pytestmark = pytest.mark.xdist_group("faults")  # see test_kill.py
 
@@ -81,7 +81,7 @@ def test_ctrl_c_in_a_terminal_and_sigterm_of_the_launcher_save(trainers, tmp_pat
             run = launch(folder, *([processes] if processes > 1 else []), **long)
             wait_for(lambda: "vocabulary" in run.output, what="the start")  # noqa: B023
             time.sleep(2)
-            trainer_ids = children(run.pid)
+            trainer_ids = trainers_of(run.pid)
             send(run.pid)
             run.wait()
             wait_for(lambda: not any(map(is_alive, trainer_ids)), what="the end of the trainers")  # noqa: B023

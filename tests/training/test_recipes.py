@@ -6,8 +6,7 @@ import pytest
 
 import hf_models
 from training.finetune_bert import FineTuningArguments
-from training.models import is_checkpoint
-from training.run.arguments import parse_arguments
+from training.run.arguments import is_checkpoint, parse_arguments
 from training.tasks.read import BENCHMARKS
 from training.train_bert import BertArguments
 from training.train_detr import DetrArguments

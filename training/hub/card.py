@@ -242,9 +242,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def public_path(word: str) -> str:
-    """A word of a command line as others may see it: a path inside the working folder or this repository is relative
-    to it, and of another one only the last part is left. Whatever is no such path stays. Paths may be in a list, with
-    commas, and behind a scheme: `--data=json:/a/b.json,file:///c`."""
+    """Returns a word of a command line without private paths.
+
+    A path inside the working folder or this repository becomes relative, and only the last part of another path stays.
+    Paths may be in a list with commas and have a scheme, as in `--data=json:/a/b.json,file:///c`. Anything else stays.
+    """
     return "".join(_public_part(part) for part in re.split("([,=])", word))
 
 
@@ -261,7 +263,7 @@ def _public_part(part: str) -> str:
 
 
 def public_name(source: str) -> str:
-    """A checkpoint or data as others may know it: a repository of the Hub by its name, a folder by its last part."""
+    """Returns what others may know of a checkpoint or data: the name of a repository, or the last part of a path."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
 

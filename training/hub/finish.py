@@ -24,8 +24,7 @@ from training.hub.card import public_name, public_path, write_card
 from training.hub.publish import push
 from training.hub.snapshots import MAX_SHARD_SIZE, WEIGHTS
 from training.hub.snippets import snippet
-from training.models import is_checkpoint
-from training.run.arguments import RunArguments, one_line, recipe_fingerprint, user_errors
+from training.run.arguments import RunArguments, is_checkpoint, one_line, recipe_fingerprint, user_errors
 from training.run.checkpoint import gather_training_state
 from training.run.folder import write_atomic
 

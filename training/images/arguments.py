@@ -8,11 +8,9 @@ from training.run.arguments import RunArguments, option, split_names
 
 @dataclass
 class ImageArguments(RunArguments):
-    """The options that all scripts for images share; their ranges are checked where they are used."""
+    """The options that all scripts for images share. What reads or changes the images checks options without bounds."""
 
-    num_channels: int | None = option(
-        None, "1 grey, 3 colour; None: as the checkpoint or the data has it, 3 in a stream", "model"
-    )
+    num_channels: int | None = option(None, "1 grey, 3 colour; None: as the checkpoint or the data has it", "model")
 
     validation_data: str | None = option(
         None, "other images to validate on: their part for that, or else all of them", "images"

@@ -218,6 +218,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
     return cls(**values)
 
 
+def is_checkpoint(model: str) -> bool:
+    """Returns whether `--model` names a folder or a repository of the Hub, and not a size of the zoo."""
+    return "/" in model or Path(model).exists()
+
+
 def split_names(text: str | None) -> list[str] | None:
     """Returns ["cat", "dog"] from "cat, dog"; None from None."""
     return None if text is None else [name.strip() for name in text.split(",")]

@@ -6,7 +6,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_models
 from hf_models.zoo import find_entry
-from training.models import create_text_model, is_checkpoint
+from training.models import create_text_model
+from training.run.arguments import is_checkpoint
 from training.tasks.classification import RegressionTask
 from training.tasks.task import Task
 from training.text.tokenizer import make_tokenizer
