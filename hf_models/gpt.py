@@ -95,7 +95,7 @@ class ZooGPTConfig(TextConfig):
         super().__post_init__(**kwargs)
 
     def validate_source(self):
-        """Checks that a source's width is given only to a model that reads one."""
+        """Checks that `source_size` is set only together with `add_cross_attention`."""
         if self.source_size is not None and not self.add_cross_attention:
             raise ValueError(f"source_size is {self.source_size}, but add_cross_attention is False: set it, too")
         if self.source_size is not None and self.source_size < 1:
@@ -126,10 +126,10 @@ class ZooGPTPreTrainedModel(TextModel):
         return getattr(transformers, self.stock_class_name), stock
 
     def check_source(self, encoder_hidden_states, encoder_attention_mask, num_rows: int):
-        """Raises a `ValueError` unless this model can look at this source from that many rows of tokens."""
+        """Raises a `ValueError` unless this model, with `num_rows` rows of tokens, can attend to the source."""
         if encoder_hidden_states is None:
             if encoder_attention_mask is not None:
-                raise ValueError("encoder_attention_mask says nothing without encoder_hidden_states: give both or none")
+                raise ValueError("encoder_attention_mask needs encoder_hidden_states: give both or neither")
             return
         if not self.config.add_cross_attention:
             raise ValueError("encoder_hidden_states needs a model with add_cross_attention=True in its config")
