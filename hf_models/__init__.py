@@ -6,7 +6,6 @@ Importing the package registers every family with transformers' Auto classes.
 import contextlib
 
 import transformers
-from transformers.utils import is_torchvision_available
 
 from .base import ZOO_VERSION as __version__
 from .bert import (
@@ -31,16 +30,6 @@ for config_class in (ZooGPTConfig, ZooBertConfig, ZooViTConfig, ZooViTMAEConfig,
         if auto_class != "AutoConfig":
             model_class = globals()[name.split(".")[1]]
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
-
-with contextlib.suppress(ImportError):  # the oldest transformers we support need torchvision for them
-    for kind, *config_classes in (("ViT", ZooViTConfig, ZooViTMAEConfig), ("Detr", ZooDetrConfig)):
-        image_processors = {"pil": getattr(transformers, f"{kind}ImageProcessorPil")}
-        if is_torchvision_available():
-            image_processors["torchvision"] = getattr(transformers, f"{kind}ImageProcessor")
-        for config_class in config_classes:
-            transformers.AutoImageProcessor.register(
-                config_class, image_processor_classes=image_processors, exist_ok=True
-            )
 
 __all__ = [
     "ZooBertConfig",
@@ -70,3 +59,19 @@ __all__ = [
     "list_models",
     "load_verified",
 ]
+
+with contextlib.suppress(ImportError):  # Pillow may be missing, because models of text do not need it
+    # `transformers.AutoImageProcessor` of 5.17 needs torchvision, but the class in this module does not.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from .image_processing import ZooDetrImageProcessor, ZooViTImageProcessor
+
+    for config_class, processor_class in (
+        (ZooViTConfig, ZooViTImageProcessor),
+        (ZooViTMAEConfig, ZooViTImageProcessor),
+        (ZooDetrConfig, ZooDetrImageProcessor),
+    ):
+        # transformers takes the second if torchvision is installed; it shall be the same.
+        processor_classes: dict[str, type] = {"pil": processor_class, "torchvision": processor_class}
+        AutoImageProcessor.register(config_class, image_processor_classes=processor_classes, exist_ok=True)
+    __all__ += ["ZooDetrImageProcessor", "ZooViTImageProcessor"]

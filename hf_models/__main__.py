@@ -1,7 +1,10 @@
-"""`python -m hf_models [PATTERN]` lists the zoo: name, parameters, paper."""
+"""`python -m hf_models [PATTERN]` lists the zoo (names, parameters, papers) and the tested versions of transformers."""
 
 import sys
 
+import transformers
+
+from .base import TESTED_TRANSFORMERS, ZOO_VERSION
 from .zoo import ZOO, count_parameters, list_models
 
 
@@ -12,6 +15,10 @@ def main(pattern: str = "*"):
     print(f"{'name':<20} {'parameters':>16}  paper")
     for name in names:
         print(f"{name:<20} {count_parameters(name):>16,}  {ZOO[name].paper}")
+    print(
+        f"\nhf_models {ZOO_VERSION}, tested with transformers {', '.join(TESTED_TRANSFORMERS)}; "
+        f"{transformers.__version__} is installed"
+    )
 
 
 if __name__ == "__main__":

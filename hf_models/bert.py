@@ -2,15 +2,15 @@
 (Devlin et al. 2019).
 
 h_0 = norm(W_e[tokens] + W_p[positions] + W_t[token types])
-h_l = block(h_(l-1)),  l = 1..L,  each token seeing all others
+h_l = block(h_(l-1)),  l = 1..L,  where each token attends to all tokens
 p(masked token) = softmax(W_e norm(gelu(W h_L)) + b)
 p(B follows A) = softmax(W_n tanh(W h_L[first token]))
 
-Little is computed that nobody asked for: a padded batch is packed before the first block (`packing.Packing`), the last
-block gives the states that a head reads and no others, and in training the head runs on the masked places alone
-(`losses.scored_places`).
+The model skips what is not used: padding in all blocks (`packing.Packing`), in the last block the tokens whose output
+no head reads, and in training the scores of tokens that are not masked (`losses.scored_places`).
 
-B batch, T tokens, D hidden size, V vocabulary, M masked places, S sequences packed in one row
+    B  batch    T  tokens           D  hidden size    V  vocabulary
+    M  masked positions of a row    S  sequences packed in one row
 """
 
 from typing import ClassVar, Literal
@@ -33,26 +33,32 @@ from transformers.utils import can_return_tuple, is_tracing
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TextConfig, ZooPreTrainedModel
-from .layers import ACTIVATIONS, TransformerStack, is_plain_linear, make_norm
-from .losses import classification_loss, cross_entropy, linear_cross_entropy, marked_places, scored_places, states_at
-from .packing import find_asking, find_packing, same_sequence
+from .base import TextConfig, TextModel
+from .layers import ACTIVATIONS, ENCODER_OUTPUTS, TransformerStack, make_norm
+from .losses import classification_loss, cross_entropy, head_loss, marked_places, scored_places, states_at
+from .packing import find_output_tokens, find_packing, same_sequence
+from .positions import encode_positions
 from .question_answering import answer_question
+
+# isort: split
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 @strict
 class ZooBertConfig(TextConfig):
-    """A BERT. The defaults are BERT base, but without its dropout of 0.1; stock spellings (`hidden_dropout_prob`, ...)
-    are understood.
+    """The config of a BERT. The defaults are BERT base's, but without its dropout of 0.1; stock's names of fields
+    (`hidden_dropout_prob`, ...) work too.
 
     Args:
         type_vocab_size: number of token types: 0 for the first text of a pair, 1 for the second.
-        norm_position: `post` as in the paper, or `pre`, with one more norm behind the last block.
+        norm_position: `post` as in the paper; or `pre`, with one more norm after the last block.
         classifier_dropout: dropout before a classifier. Default: `hidden_dropout`.
-        null_threshold: of a model for questions some of which have no answer: how far "no answer" has to score above
-            the best answer to be the answer (Devlin et al. 2019, section 4.3).
+        null_threshold: for questions that may have no answer: by how much the score of "no answer" must exceed the
+            best answer's to be chosen (Devlin et al. 2019, section 4.3).
 
-    `TextConfig` and `TransformerConfig` explain the rest.
+    `TextConfig` and `TransformerConfig` document the other fields.
     """
 
     model_type = "zoo_bert"
@@ -84,12 +90,14 @@ class ZooBertConfig(TextConfig):
     def __post_init__(self, **kwargs):
         for option in ("is_decoder", "add_cross_attention"):
             if kwargs.pop(option, False):
-                raise ValueError(f"a BERT config with {option}=True has no equal in ZooBert, which is an encoder")
+                raise ValueError(f"a BERT config with {option}=True cannot be loaded as a ZooBert, which is an encoder")
         super().__post_init__(**kwargs)
 
 
-class ZooBertPreTrainedModel(ZooPreTrainedModel):
+class ZooBertPreTrainedModel(TextModel):
+    config: ZooBertConfig
     config_class = ZooBertConfig
+    _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "bert"
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]  # a buffer of old checkpoints
 
@@ -103,7 +111,7 @@ class ZooBertPreTrainedModel(ZooPreTrainedModel):
 
 
 class ZooBertModel(ZooBertPreTrainedModel):
-    """Token ids to one vector per token, and one for the whole: embeddings, blocks, pooler.
+    """From token ids to one vector per token and one for the whole row: embeddings, blocks, pooler.
 
     Args:
         add_pooling_layer: whether there is a pooler, tanh(W h[first token]).
@@ -127,7 +135,8 @@ class ZooBertModel(ZooBertPreTrainedModel):
         self.post_init()
 
     def pool(self, first_states):
-        """tanh(W h) of first tokens' states (..., D)."""
+        """Returns tanh(W h) for the states h (..., D) of first tokens."""
+        assert self.pooler is not None
         return torch.tanh(self.pooler(first_states))
 
     @merge_with_config_defaults
@@ -136,9 +145,9 @@ class ZooBertModel(ZooBertPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         skip_padding: bool = True,
         read_places: torch.BoolTensor | None = None,
         only_first: bool = False,
@@ -147,26 +156,27 @@ class ZooBertModel(ZooBertPreTrainedModel):
         """
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) in their place.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding; or a ready (B, 1, T, T) mask.
-            skip_padding: compute nothing on padding, so that its outputs are 0; the blocks, and hooks on them, then
-                see the M real tokens of the batch as (1, M, D). Without effect where a compiler, hidden states asked
-                for, or drop path need tensors of fixed shape, and where padding on the left is what the pooler reads.
-                PEFT's `adapter_names`, one for each row, need False.
-            read_places: (B, T), true where the last states will be read: the last block gives no others, and they are
-                0. It, and hooks on it, then see the R places that are read as (1, R, D). Without effect in the cases
-                of `skip_padding`, and where attention maps are asked for. The heads set it by themselves.
-            only_first: whether the first token's state is the only one that will be read, the same way; without padding
-                the last block gives (B, 1, D), also under a compiler.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding; or a complete (B, 1, T, T) mask.
             token_type_ids: (B, T), 0 or 1. Default: 0.
-            position_ids: (B, T). Without a mask, positions that start again at 0 mark where one packed sequence ends
-                and the next begins: attention then stays within each.
+            position_ids: (B, T). Without a mask, a position of 0 marks the start of a new sequence in the row, and
+                attention stays within each sequence.
+            skip_padding: whether to skip padding, whose outputs are then 0. The blocks, and hooks on them, then get the
+                real tokens of the batch as one row (1, number of tokens, D). It has no effect under a compiler, with
+                requested hidden states, or with drop path, which all need the batch's shape; nor if the pooler reads
+                padding on the left. PEFT's `adapter_names`, one for each row, need False.
+            read_places: (B, T), true where the last states are used. The last block computes only these, as one row,
+                and the others are 0. It has no effect in the cases of `skip_padding`, or with requested attention
+                maps. The heads set it themselves.
+            only_first: whether only the first token's state is used, likewise. Without padding the last block then
+                returns (B, 1, D), even under a compiler.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; a token behind the learned positions;
-                attention maps asked of a backend that does not form them; packed sequences that flash attention
-                would mix up.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` was given; a position has no learned vector;
+                the backend does not compute the requested attention maps; a keyword argument is unknown; or flash
+                attention cannot keep the sequences of a row apart.
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
+        self.check_keywords(kwargs)
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
@@ -174,19 +184,19 @@ class ZooBertModel(ZooBertPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
         if position_ids is not None:
             position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        is_packed = attention_mask is None and position_ids is not None
-        drops_paths = self.training and self.config.drop_path > 0  # of whole sequences, so these stay apart
-        is_free = not (wants_states or drops_paths or is_tracing(inputs_embeds))  # to lay tokens end to end
-        mask, has_borders = None, is_flash_attention_requested(self.config)
-        packing = asking = None
-        if skip_padding and is_free:
-            packing = find_packing(attention_mask, position_ids, has_borders, self.pooler is not None)
+        has_sequences = attention_mask is None and position_ids is not None  # in one row
+        drops_paths = self.training and self.config.drop_path > 0  # it drops whole rows, so they must stay apart
+        can_pack = not (wants_states or drops_paths or is_tracing(inputs_embeds))
+        mask, uses_flash = None, is_flash_attention_requested(self.config)
+        packing = output_tokens = None
+        if skip_padding and can_pack:
+            packing = find_packing(attention_mask, position_ids, uses_flash, self.pooler is not None)
         if not (wants_states or wants_maps):
-            asking = find_asking(inputs_embeds, packing, read_places if is_free else None, only_first)
+            output_tokens = find_output_tokens(inputs_embeds, packing, read_places if can_pack else None, only_first)
 
-        if packing is not None and has_borders:
-            kwargs |= packing.borders()
-        elif is_packed and has_borders:
+        if packing is not None and uses_flash:
+            kwargs |= packing.flash_arguments()
+        elif has_sequences and uses_flash:
             raise ValueError(
                 "flash attention keeps packed sequences apart only with skip_padding and without a compiler, drop path "
                 "in training or output_hidden_states: change that, or call model.set_attn_implementation('sdpa')"
@@ -196,7 +206,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                and_mask_function=same_sequence(position_ids) if is_packed else None,
+                and_mask_function=same_sequence(position_ids) if has_sequences else None,
             )
             kwargs["packing"] = packing
 
@@ -208,11 +218,12 @@ class ZooBertModel(ZooBertPreTrainedModel):
         if packing is not None:
             position_ids = packing.pack(position_ids.expand(hidden_states.shape[:2]))
             hidden_states = packing.pack(hidden_states)  # (1, M, D)
-        hidden_states, rotary = self.encode_positions(hidden_states, position_ids)
+        hidden_states, rotary = encode_positions(self.config, self.embed_positions, hidden_states, position_ids)
         hidden_states = self.dropout(self.embedding_norm(hidden_states))
-        hidden_states = self.norm(self.layers(hidden_states, mask, rotary=rotary, asking=asking, **kwargs))
-        if asking is not None:
-            hidden_states = asking.unpack(hidden_states)
+        hidden_states = self.layers(hidden_states, mask, rotary=rotary, output_tokens=output_tokens, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        if output_tokens is not None:
+            hidden_states = output_tokens.unpack(hidden_states)
         if packing is not None:
             hidden_states = packing.unpack(hidden_states)  # (B, T, D)
         return BaseModelOutputWithPooling(
@@ -222,7 +233,7 @@ class ZooBertModel(ZooBertPreTrainedModel):
 
 
 class MaskedTokenHead(nn.Module):
-    """norm(act(W h)), and from it a score for every token of the vocabulary."""
+    """Scores every token of the vocabulary by W_e norm(act(W h)) + b."""
 
     def __init__(self, config: ZooBertConfig):
         super().__init__()
@@ -238,25 +249,25 @@ class MaskedTokenHead(nn.Module):
         return self.decoder(self.features(hidden_states))
 
     def forward_at(self, hidden_states, positions=None):
-        """The scores (B, M, V) at `positions` (B, M), padded with -1; by default everywhere."""
+        """Returns the scores (B, M, V) at `positions` (B, M), padded with -1. Default: at all positions (B, T, V)."""
         return self(hidden_states if positions is None else states_at(hidden_states, positions))
 
     def loss(self, hidden_states, labels, masked_positions=None, num_items=None):
-        """Cross-entropy of the masked tokens (B, T), without a score for any other place.
+        """The cross-entropy of the masked tokens, which computes no scores for other tokens.
 
-        `masked_positions` (B, M) as in `losses.scored_places`; `num_items` divides the sum.
+        Args:
+            labels: (B, T), -100 where nothing is scored.
+            masked_positions: (B, M), as `positions` in `losses.scored_places`.
+            num_items: divisor of the summed loss. Default: the number of scored tokens.
         """
         hidden_states, labels = scored_places(hidden_states, labels, masked_positions)
-        features = self.features(hidden_states)
-        if not is_plain_linear(self.decoder):
-            return cross_entropy(self.decoder(features), labels, num_items)
-        return linear_cross_entropy(features, self.decoder.weight, labels, num_items, bias=self.decoder.bias)
+        return head_loss(self.decoder, self.features(hidden_states), labels, num_items)
 
 
 class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
-    """What the two models that fill in masked tokens share: the head's matrix is that of the embedding, and which
-    states it reads."""
+    """The base of the two models that fill in masked tokens: their head shares the matrix of the embedding."""
 
+    mlm_head: MaskedTokenHead
     _tied_weights_keys = {"mlm_head.decoder.weight": "bert.embed_tokens.weight"}
     _tp_plan = {"mlm_head.decoder": "colwise_gather_output"}
 
@@ -267,12 +278,15 @@ class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
         self.mlm_head.decoder = new_embeddings
 
     def returns_logits(self, return_logits, labels) -> bool:
-        """Whether to return scores of tokens; by default not beside a loss while training."""
+        """Whether to return the scores of tokens. Default: not beside a loss while training."""
         return (labels is None or not self.training) if return_logits is None else return_logits
 
     def read_places(self, labels, masked_positions, returns_logits, logits_to_keep, first_positions=None):
-        """Which states (B, T) are read, or None for all: those that are scored, those whose scores are returned, and
-        the first ones of sequences, where a second head reads them."""
+        """Returns (B, T), true for the states that the heads use, or None if they use all.
+
+        The heads use the states that are scored, those whose scores are returned, and for next-sentence prediction the
+        first one of each sequence.
+        """
         if labels is None or (returns_logits and logits_to_keep is None):
             return None
         read = labels != -100 if masked_positions is None else torch.zeros_like(labels, dtype=torch.bool)
@@ -283,10 +297,10 @@ class ZooBertWithMaskedTokenHead(ZooBertPreTrainedModel):
 
 
 class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
-    """BERT with both heads of the paper: masked tokens, and whether the second text follows the first."""
+    """BERT with both heads of the paper: masked tokens, and next-sentence prediction."""
 
     _auto_class = "AutoModelForPreTraining"
-    accepts_loss_kwargs = False  # `Trainer` counts the items of one loss, and here are two
+    accepts_loss_kwargs = False  # `Trainer` counts the items of one loss, but this model has two
 
     def __init__(self, config: ZooBertConfig):
         super().__init__(config)
@@ -314,23 +328,24 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
     ) -> BertForPreTrainingOutput:
         """
         Args:
-            labels: (B, T), the true token where one was masked, -100 elsewhere.
-            next_sentence_label: (B,), 0 where the second text follows the first and 1 where it is another; for rows
-                packed with several sequences (B, S), -100 where a row has fewer.
-            masked_positions: (B, M), the places in `labels` that count, padded with -1. With them every shape is
-                fixed, as a full graph needs; without them they are searched for.
-            sequence_positions: (B, S), the first place of each sequence of a packed row, padded with -1.
-            num_items_in_batch: what the summed losses are divided by, {"masked_lm": ..., "next_sentence": ...}; by
-                default the number of labels that count.
-            logits_to_keep: (B, K), compute `prediction_logits` (B, K, V) for these places only, padded with -1.
+            labels: (B, T), the true tokens at masked positions, -100 elsewhere.
+            next_sentence_label: (B,), 0 if the second text follows the first and 1 if it does not; for rows of several
+                sequences (B, S), padded with -100.
+            masked_positions: (B, M), the positions of the scored labels, padded with -1. They fix every shape, as a
+                compiled full graph needs. Default: found from the labels.
+            sequence_positions: (B, S), the first position of each sequence of a row, padded with -1.
+            num_items_in_batch: divisors of the summed losses, {"masked_lm": ..., "next_sentence": ...}. Default: the
+                numbers of scored labels.
+            logits_to_keep: (B, K), the only positions to compute `prediction_logits` (B, K, V) for, padded with -1.
             return_logits: whether to return `prediction_logits` beside a loss. Default: not while training.
+            The other arguments are those of `ZooBertModel`.
 
         Returns:
             `loss`, the sum of the losses whose labels were given; `prediction_logits` (B, T, V) unless left out;
             `seq_relationship_logits` (B, 2) or (B, S, 2).
 
         Raises:
-            ValueError: `num_items_in_batch` is one number, or has another key; and as `ZooBertModel`.
+            ValueError: `num_items_in_batch` is a number or has an unknown key; and as `ZooBertModel`.
         """
         num_items = {} if num_items_in_batch is None else num_items_in_batch
         if not isinstance(num_items, dict) or not num_items.keys() <= {"masked_lm", "next_sentence"}:
@@ -339,8 +354,8 @@ class ZooBertForPreTraining(ZooBertWithMaskedTokenHead):
                 f"losses, not {num_items}"
             )
         return_logits = self.returns_logits(return_logits, labels)
-        first = torch.zeros(1, 1, dtype=torch.long) if sequence_positions is None else sequence_positions
-        read = self.read_places(labels, masked_positions, return_logits, logits_to_keep, first)
+        first_positions = torch.zeros(1, 1, dtype=torch.long) if sequence_positions is None else sequence_positions
+        read = self.read_places(labels, masked_positions, return_logits, logits_to_keep, first_positions)
         kwargs.setdefault("read_places", read)
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states, pooled = outputs.last_hidden_state, outputs.pooler_output
@@ -388,7 +403,7 @@ class ZooBertForMaskedLM(ZooBertWithMaskedTokenHead):
         return_logits: bool | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
-        """Arguments and results as `ZooBertForPreTraining`, without what concerns the next sentence;
+        """Arguments and results are those of `ZooBertForPreTraining` without next-sentence prediction;
         `num_items_in_batch` is one number."""
         return_logits = self.returns_logits(return_logits, labels)
         read = self.read_places(labels, masked_positions, return_logits, logits_to_keep)
@@ -407,12 +422,12 @@ class ZooBertForMaskedLM(ZooBertWithMaskedTokenHead):
 
 
 def classifier_dropout(config: ZooBertConfig) -> nn.Dropout:
-    """The dropout before a classifier."""
+    """Makes the dropout before a classifier."""
     return nn.Dropout(config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout)
 
 
 class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
-    """BERT with a linear classifier of a text, or of a pair of texts, on the pooled first token (Devlin et al. 2019,
+    """BERT with a linear classifier of a text or a pair of texts on the pooled first token (Devlin et al. 2019,
     figure 4a and b)."""
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -441,7 +456,8 @@ class ZooBertForSequenceClassification(ZooBertPreTrainedModel):
         Args:
             labels: (B,) class ids; (B,) or (B, num_labels) numbers for regression; (B, num_labels) of 0 and 1 for
                 multi-label classification. `config.problem_type` decides, or the labels' type and `num_labels`.
-            num_items_in_batch: what the summed loss is divided by; by default the number of labels.
+            num_items_in_batch: divisor of the summed loss. Default: the number of labels.
+            The other arguments are those of `ZooBertModel`.
         """
         kwargs.setdefault("only_first", True)
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
@@ -482,7 +498,8 @@ class ZooBertForTokenClassification(ZooBertPreTrainedModel):
         """
         Args:
             labels: (B, T) class ids, -100 where a token is not scored.
-            num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+            num_items_in_batch: divisor of the summed loss. Default: the number of scored labels.
+            The other arguments are those of `ZooBertModel`.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
@@ -495,7 +512,7 @@ class ZooBertForTokenClassification(ZooBertPreTrainedModel):
 
 
 class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
-    """BERT that points at the first and the last token of an answer (Devlin et al. 2019, section 4.2)."""
+    """BERT that scores every token as the first and as the last of an answer (Devlin et al. 2019, section 4.2)."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
@@ -507,12 +524,12 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
 
     def stock_class_and_config(self):
         stock_class, config = super().stock_class_and_config()
-        config.num_labels = 2  # two ends, however many classes the head of an earlier task told apart
+        config.num_labels = 2  # the two ends, even if the config has more labels from an earlier task
         return stock_class, config
 
     def answer(self, tokenizer, question: str, context: str, **options):
-        """The best answers in the context, the best one first; `question_answering.answer_question` lists the
-        options."""
+        """Returns the best answers in the context, the best one first; the options are those of
+        `question_answering.answer_question`."""
         return answer_question(self, tokenizer, question, context, **options)
 
     @can_return_tuple
@@ -530,16 +547,17 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
     ) -> QuestionAnsweringModelOutput:
         """
         Args:
-            start_positions, end_positions: (B,), the places of the answer's first and last token. As in stock, one
-                behind the row's end is not scored, and a negative one counts as 0.
-            num_items_in_batch: what the loss, half of it for each end, is divided by; by default the number of
+            start_positions, end_positions: (B,), the positions of the answer's first and last token. As in stock, a
+                position after the end of the row is not scored, and a negative one counts as 0.
+            num_items_in_batch: divisor of the summed loss, the mean of both ends' losses. Default: the number of
                 answers.
+            The other arguments are those of `ZooBertModel`.
 
         Returns:
-            `start_logits` and `end_logits` (B, T). With `skip_padding`, by default wherever there are no labels, they
-            are the least number of their type where there is padding, so that no answer begins or ends there.
+            `start_logits` and `end_logits` (B, T). With `skip_padding`, which is the default without labels, those of
+            padding are the least number of their dtype, so that no answer begins or ends there.
         """
-        kwargs.setdefault("skip_padding", start_positions is None)  # stock's loss chooses among all places, padding too
+        kwargs.setdefault("skip_padding", start_positions is None)  # stock's loss also scores padding
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if kwargs["skip_padding"] and attention_mask is not None and attention_mask.ndim == 2:
@@ -548,15 +566,12 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            num_places = logits.shape[1]
-            ends = [(start_logits, start_positions), (end_logits, end_positions)]
-            losses = [
-                cross_entropy(
-                    scores, places.flatten().clamp(0, num_places), num_items_in_batch, ignore_index=num_places
-                )
-                for scores, places in ends
-            ]
-            loss = sum(losses) / 2
+            num_tokens = logits.shape[1]
+            start_loss, end_loss = (
+                cross_entropy(scores, at.flatten().clamp(0, num_tokens), num_items_in_batch, ignore_index=num_tokens)
+                for scores, at in ((start_logits, start_positions), (end_logits, end_positions))
+            )
+            loss = (start_loss + end_loss) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -567,7 +582,7 @@ class ZooBertForQuestionAnswering(ZooBertPreTrainedModel):
 
 
 class FirstOfTwoNames(ConversionOps):
-    """One tensor that a stock file has under the first name, the second, or both, where the first one counts."""
+    """Reads a tensor that a stock file may hold under either of two names, or under both; the first name wins."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         found = next(input_dict[name] for name in source_patterns if name in input_dict)
@@ -579,7 +594,7 @@ class FirstOfTwoNames(ConversionOps):
 
 
 class UnderBothNames(ConversionOps):
-    """The reverse of `FirstOfTwoNames`."""
+    """Writes the tensor under both names: the reverse of `FirstOfTwoNames`."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         found = next(iter(input_dict.values()))
@@ -590,11 +605,11 @@ class UnderBothNames(ConversionOps):
         return FirstOfTwoNames()
 
 
-# Stock BERT key names, both ways.
+# Renames stock BERT keys in both directions.
 register_checkpoint_conversion_mapping(
     ZooBertConfig.model_type,
     [
-        # The first checkpoints call a norm's gain and bias gamma and beta; what is saved has the first name of each.
+        # The oldest checkpoints call a norm's weight and bias gamma and beta. Saving uses the first name of each list.
         WeightRenaming([r"LayerNorm\.weight", r"LayerNorm\.gamma"], r"LayerNorm\.weight"),
         WeightRenaming([r"LayerNorm\.bias", r"LayerNorm\.beta"], r"LayerNorm\.bias"),
         WeightRenaming(r"embeddings\.word_embeddings\.", r"embed_tokens\."),
@@ -614,7 +629,7 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"cls\.predictions\.transform\.dense\.", r"mlm_head\.transform\."),
         WeightRenaming(r"cls\.predictions\.transform\.LayerNorm\.", r"mlm_head\.norm\."),
         WeightRenaming(r"cls\.predictions\.decoder\.weight", r"mlm_head\.decoder\.weight"),
-        # The decoder's bias; most files have it under its older name alone.
+        # The decoder's bias; most files hold it only under its older name, the second.
         WeightConverter(
             [r"cls\.predictions\.decoder\.bias", r"cls\.predictions\.bias"],
             r"mlm_head\.decoder\.bias",

@@ -1,8 +1,8 @@
-"""Where things are in an image: the cells of a feature map, and boxes.
+"""Positions in an image: the cells of a feature map, and boxes.
 
     B  batch    h, w  rows and columns of cells, S = h x w    Q  queries    N  attention heads    D  hidden size
 
-A box is (centre x, centre y, width, height), and all places are parts of the unpadded image. `config` is a
+A box is (centre x, centre y, width, height). All coordinates are fractions of the unpadded image. `config` is a
 `ZooDetrConfig` (see `detr.py`).
 """
 
@@ -14,27 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .layers import LearnedPositions2D, sinusoidal_encoding, sinusoidal_encoding_2d
+from .positions import LearnedPositions2D, sinusoidal_encoding, sinusoidal_encoding_2d
 
-ANCHOR_TEMPERATURE = 20.0  # of the encoding of boxes and of the cells they look at (Liu et al. 2022, section 4.3)
+ANCHOR_TEMPERATURE = 20.0  # for the encodings of boxes and of the cells they attend to (Liu et al. 2022, section 4.3)
 MAX_CELLS = 50  # rows and columns of learned positions, as in the published code
 
 
 class Cells(NamedTuple):
-    """Where the cells of a padded batch's feature map are, (h, w) of them."""
+    """The positions of the h x w cells of a batch's feature map."""
 
-    is_image: Tensor | None  # (B, h, w), false on padding; None: there is none
-    rows: Tensor  # (B, h), centres as parts of the unpadded height
-    columns: Tensor  # (B, w)
-    size: Tensor  # (B, 2), width and height of a cell, likewise
+    is_image: Tensor | None  # (B, h, w), false on padding; None if there is no padding
+    rows: Tensor  # (B, h), centres of the cells as fractions of the unpadded height
+    columns: Tensor  # (B, w), as fractions of the unpadded width
+    size: Tensor  # (B, 2), width and height of a cell, as such fractions
 
 
-def locate_cells(pixel_mask, pixel_values, features, stride: int | None) -> Cells:
-    """
+def locate_cells(pixel_mask: Tensor | None, pixel_values: Tensor, features: Tensor, stride: int | None) -> Cells:
+    """Returns the positions of the cells of a feature map.
+
     Args:
         pixel_mask: (B, H, W), 1 on the image, 0 on padding at its right and bottom; or None.
         pixel_values, features: (B, C, H, W) and (B, C', h, w).
-        stride: pixels of a cell; None: the image is cut into cells evenly.
+        stride: height and width of a cell in pixels. None: the cells divide the image evenly.
+
+    Raises:
+        ValueError: `pixel_mask` has another shape.
     """
     (batch, _, height, width), (h, w), device = pixel_values.shape, features.shape[2:], pixel_values.device
     heights, widths = (torch.full((batch, 1), float(side), device=device) for side in (height, width))
@@ -52,7 +56,7 @@ def locate_cells(pixel_mask, pixel_values, features, stride: int | None) -> Cell
 
 
 class CellPositions(nn.Module):
-    """What to add to the queries and keys that come from cells."""
+    """The position vectors that are added to the queries and keys of cells."""
 
     def __init__(self, config):
         super().__init__()
@@ -69,28 +73,28 @@ class CellPositions(nn.Module):
             return self.learned(h, w).flatten(0, 1)[None]
         if self.by_centres:
             rows, columns = cells.rows[:, :, None].expand(-1, -1, w), cells.columns[:, None].expand(-1, h, -1)
-            places = [axis.flatten(1) * 2 * math.pi for axis in (rows, columns)]
-            return sinusoidal_encoding_2d(*places, self.dim, ANCHOR_TEMPERATURE)  # (B, S, D)
-        # As published: cells are counted from one, and the last one of the image is at 2 pi (appendix A.4).
+            rows, columns = (axis.flatten(1) * 2 * math.pi for axis in (rows, columns))
+            return sinusoidal_encoding_2d(rows, columns, self.dim, ANCHOR_TEMPERATURE)  # (B, S, D)
+        # As in the paper (appendix A.4) cells are counted from one, and the last cell of the image is at 2 pi.
         is_image = torch.ones(1, h, w, device=cells.rows.device) if cells.is_image is None else cells.is_image.float()
-        places = [
-            axis / (axis.narrow(number, -1, 1) + 1e-6) * 2 * math.pi
+        rows, columns = (
+            (axis / (axis.narrow(number, -1, 1) + 1e-6) * 2 * math.pi).flatten(1)
             for number, axis in ((1, is_image.cumsum(1)), (2, is_image.cumsum(2)))
-        ]
-        return sinusoidal_encoding_2d(*(axis.flatten(1) for axis in places), self.dim)
+        )
+        return sinusoidal_encoding_2d(rows, columns, self.dim)
 
 
 class SpatialPrior(nn.Module):
-    """A term for cross-attention that favours cells around a query's box: the logarithm of a Gaussian, for each head
-    around a point of its own in or near the box (Gao et al. 2021, equations 3 and 5; there centres and widths come from
-    the query, here they are the box's)."""
+    """A term for the scores of cross-attention that favours cells near a query's box: the logarithm of a Gaussian that
+    each head centres at its own point in or near the box (Gao et al. 2021, equations 3 and 5; they predict centre and
+    width from the query, here they follow from the box)."""
 
     def __init__(self, config):
         super().__init__()
-        self.centres = nn.Parameter(torch.empty(config.num_attention_heads, 2))  # in sizes of the box, from its middle
+        self.centres = nn.Parameter(torch.empty(config.num_attention_heads, 2))  # from the box centre, in box sizes
         self.sharpness = nn.Parameter(torch.empty(config.num_attention_heads))
 
-    def reset_parameters(self):
+    def initialise(self, config):
         angles = torch.arange(len(self.centres)) * (2 * math.pi / len(self.centres))
         init.copy_(self.centres, 0.4 * torch.stack((angles.cos(), angles.sin()), dim=1))  # on a ring
         init.constant_(self.sharpness, 2.0)
@@ -107,14 +111,15 @@ class SpatialPrior(nn.Module):
         return (terms[1][..., :, None] + terms[0][..., None, :]).flatten(-2)
 
 
-def encode_boxes(boxes, dim: int):
-    """Sines and cosines of the four numbers of boxes (..., 4) -> (..., 4 dim) (Liu et al. 2022, equation 4)."""
+def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of the four numbers of boxes: (..., 4) -> (..., 4 dim) (Liu et al. 2022, equation 4)."""
     return sinusoidal_encoding(boxes * 2 * math.pi, dim, ANCHOR_TEMPERATURE).flatten(-2)
 
 
-def correct(boxes, corrections):
-    """Boxes (..., 4) moved by a part of their size, and resized by a factor (Girshick et al. 2014, appendix C). Unlike
-    a sum before a sigmoid (Zhu et al. 2021), it is the same correction for the same sight, wherever in whatever image.
+def correct(boxes: Tensor, corrections: Tensor) -> Tensor:
+    """Moves boxes (..., 4) by fractions of their size, and scales their size (Girshick et al. 2014, appendix C).
+
+    Unlike a sum before a sigmoid (Zhu et al. 2021), equal corrections have an equal effect wherever the box is.
     """
     middle, size = boxes.split(2, dim=-1)
     shift, growth = corrections.float().split(2, dim=-1)

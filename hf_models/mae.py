@@ -1,16 +1,17 @@
-"""MAE: a ViT that learns from images without labels, by painting three quarters of each image that it never saw
-(He et al. 2022).
+"""MAE: a ViT that learns from images without labels, by predicting the pixels of three quarters of the patches from the
+other quarter (He et al. 2022).
 
 visible, masked = a random quarter of the patches, the others
 h    = ViT(visible)                                           the encoder, on a quarter of the tokens
-g_0  = W_d [h; mask token at every masked place] + positions  the decoder, light, on all of them
+g_0  = W_d [h; mask token for every masked patch] + positions the small decoder, on all tokens
 loss = mean over masked patches p of ||W_o g_L[p] - normalised pixels of p||^2
 
-B batch, C channels, P patches, K visible patches, D hidden size
+    B  batch    C  channels    P  patches    K  visible patches    p  side of a patch    D  hidden size
 """
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import fields
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -23,25 +24,31 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .layers import MultiHeadAttention, TransformerStack, make_norm
+from .layers import TransformerStack, make_norm
 from .losses import as_divisor
 from .patches import PatchPositions, fit_channels
 from .vit import VIT_RENAMINGS, ResizePositions, ZooViTConfig, ZooViTModel, ZooViTPreTrainedModel
 
-if TYPE_CHECKING:  # What the files above need in turn: whoever downloads this file waits only for what it names itself.
-    from .base import ZooPreTrainedModel  # noqa: F401
-    from .packing import FirstToken  # noqa: F401
+# isort: split
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .base import TransformerModel  # noqa: F401
+from .packing import FirstToken  # noqa: F401
+from .positions import rotary_angles  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
 
 
 @strict
 class ZooViTMAEConfig(ZooViTConfig):
-    """A masked autoencoder: the encoder's fields are `ZooViTConfig`'s, the defaults MAE with ViT-B/16.
+    """The config of a masked autoencoder. The defaults are those of MAE with ViT-B/16.
 
     Args:
-        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
-            decoder.
-        mask_ratio: part of the patches that the encoder does not see.
-        norm_pix_loss: whether the pixels to paint are normalised within each patch (section 4.1, table 1d).
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: sizes of
+            the decoder.
+        mask_ratio: part of the patches that are masked: the encoder does not get them.
+        norm_pix_loss: whether the pixels to predict are normalised within each patch (section 4.1, table 1d).
+
+    `ZooViTConfig` documents the other fields, which are the encoder's.
     """
 
     model_type = "zoo_vit_mae"
@@ -65,14 +72,14 @@ class ZooViTMAEConfig(ZooViTConfig):
         super().__post_init__(**kwargs)
 
     def validate_decoder(self):
-        """Checks the decoder's fields, and that a part of each image is masked and a part visible."""
+        """Checks the decoder's fields, and that some patches are masked and some visible."""
         self.num_visible(math.prod(self.grid_size))
         if self.stem_channels:
-            raise ValueError("stem_channels: a convolution would see masked patches; MAE takes a ViT without a stem")
+            raise ValueError("stem_channels must be empty: its convolutions would mix masked patches into visible ones")
         self.decoder_config().validate()
 
     def num_visible(self, num_patches: int) -> int:
-        """How many of an image's patches the encoder sees; raises a `ValueError` where it is all of them or none."""
+        """Returns how many of an image's patches the encoder gets; raises a `ValueError` if that is all or none."""
         num_visible = int(num_patches * (1 - self.mask_ratio))
         if not 0 < num_visible < num_patches:
             raise ValueError(
@@ -81,34 +88,30 @@ class ZooViTMAEConfig(ZooViTConfig):
         return num_visible
 
     def decoder_config(self) -> ZooViTConfig:
-        """The decoder as a ViT's config."""
-        fields = {name: getattr(self, name) for name in ZooViTConfig.__dataclass_fields__ if not name.startswith("_")}
+        """Returns the config of a ViT with the decoder's sizes."""
+        values = {one.name: getattr(self, one.name) for one in fields(ZooViTConfig) if not one.name.startswith("_")}
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            fields[name] = getattr(self, f"decoder_{name}")
-        fields |= {"num_key_value_heads": None, "head_dim": None, "drop_path": 0.0}
-        return ZooViTConfig(**fields)
+            values[name] = getattr(self, f"decoder_{name}")
+        values |= {"num_key_value_heads": None, "head_dim": None, "drop_path": 0.0}
+        return ZooViTConfig(**values)
 
 
 class ZooViTMAEPreTrainedModel(ZooViTPreTrainedModel):
+    config: ZooViTMAEConfig
     config_class = ZooViTMAEConfig
     _keys_to_ignore_on_load_unexpected = []
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MAEDecoder):
-            init.normal_(module.mask_token, std=self.config.initializer_range)
-
 
 def random_masking(noise, num_visible: int):
-    """Chooses the patches with the least noise as the visible ones (section 3, "Simple implementation").
+    """Makes the patches with the least noise visible (section 3, "Simple implementation").
 
     Args:
         noise: (B, P), any numbers.
+        num_visible: K.
 
     Returns:
-        `visible` (B, K), their places; `mask` (B, P), 1 where a patch is masked; `ids_restore` (B, P), for each patch
-        its place among [visible; masked].
+        `visible` (B, K), indices of the visible patches; `mask` (B, P), 1 for a masked patch and 0 for a visible one;
+        `ids_restore` (B, P), the index of each patch in the order [visible; masked].
     """
     order = noise.argsort(dim=1)
     ids_restore = order.argsort(dim=1)
@@ -116,7 +119,7 @@ def random_masking(noise, num_visible: int):
 
 
 class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
-    """The encoder: a ViT that sees a random part of the patches."""
+    """The encoder: a ViT on a random part of the patches."""
 
     _auto_class = "AutoModel"
 
@@ -135,7 +138,8 @@ class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
         """
         Args:
             pixel_values: (B, C, H, W).
-            noise: (B, P), which decides what is masked: the patches with the least stay visible. Default: random.
+            noise: (B, P), which chooses the visible patches, those with the least noise. Default: random.
+            interpolate_pos_encoding: as in `ZooViTModel`.
 
         Returns:
             `last_hidden_state` (B, prefix + K, D), and `mask`, `ids_restore` as in `random_masking`.
@@ -150,7 +154,7 @@ class ZooViTMAEModel(ZooViTMAEPreTrainedModel, ZooViTModel):
 
 
 class MAEDecoder(nn.Module):
-    """Visible patches' states and a mask token elsewhere, to the pixels of every patch: a small ViT."""
+    """A small ViT from the states of visible patches, and a mask token for the others, to the pixels of all patches."""
 
     def __init__(self, config: ZooViTMAEConfig):
         super().__init__()
@@ -159,12 +163,13 @@ class MAEDecoder(nn.Module):
         self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, sizes.hidden_size))
         self.positions = PatchPositions(sizes)
-        self.layers = TransformerStack(sizes, sizes.num_hidden_layers)
+        self.layers = TransformerStack(sizes, sizes.num_hidden_layers, backend_config=config)
         self.norm = make_norm(sizes)
-        self.head = nn.Linear(sizes.hidden_size, config.patch_size**2 * config.num_channels)
-        for module in self.layers.modules():
-            if isinstance(module, MultiHeadAttention):
-                module.config = config  # where the backend is set
+        self.head = nn.Linear(sizes.hidden_size, config.patch_side**2 * config.num_channels)
+        self._tp_plan = sizes.base_model_tp_plan  # transformers collects the plans of child modules
+
+    def initialise(self, config):
+        init.normal_(self.mask_token, std=config.initializer_range)
 
     def forward(self, hidden_states, ids_restore, height: int, width: int, **kwargs):
         """(B, prefix + K, D) and (B, P) -> (B, P, p p C)."""
@@ -172,7 +177,7 @@ class MAEDecoder(nn.Module):
         prefix, visible = hidden_states.tensor_split([self.num_prefix_tokens], dim=1)
         num_masked = ids_restore.shape[1] - visible.shape[1]
         patches = torch.cat((visible, self.mask_token.expand(visible.shape[0], num_masked, -1)), dim=1)
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[2]))  # to their places
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[2]))  # (B, P, D)
         dtype, device = patches.dtype, patches.device
         patches = patches + self.positions.vectors(height, width, dtype, device)
         rotary = self.positions.rotations(height, width, self.num_prefix_tokens, dtype, device)
@@ -194,21 +199,21 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
         self.post_init()
 
     def patchify(self, images):
-        """(B, C, H, W) -> (B, P, p p C), the channels of a pixel side by side, as stock has them."""
-        size = self.config.patch_size
+        """(B, C, H, W) -> (B, P, p p C), with the channels of a pixel side by side, as in stock."""
+        size = self.config.patch_side
         patches = images.unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, columns, p, p)
         return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
     def unpatchify(self, patches, original_image_size: tuple[int, int] | None = None):
-        """The images (B, C, H, W) of patches (B, P, p p C); by default of `config.grid_size`."""
-        size, grid = self.config.patch_size, self.config.grid_size
+        """(B, P, p p C) -> (B, C, H, W), by default with H and W of `config.image_size`."""
+        size, grid = self.config.patch_side, self.config.grid_size
         if original_image_size is not None:
-            grid = tuple(side // size for side in original_image_size)
+            grid = original_image_size[0] // size, original_image_size[1] // size
         patches = patches.unflatten(2, (size, size, -1)).unflatten(1, grid)  # (B, rows, columns, p, p, C)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def normalized_pixels(self, pixel_values):
-        """What the decoder is to paint, (B, P, p p C)."""
+        """Returns what the decoder learns to predict, (B, P, p p C)."""
         target = self.patchify(fit_channels(pixel_values, self.config.num_channels))
         if self.config.norm_pix_loss:
             mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
@@ -226,12 +231,12 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
     ) -> ViTMAEForPreTrainingOutput:
         """
         Args:
-            pixel_values, noise: as in `ZooViTMAEModel`.
-            num_items_in_batch: what the loss, summed over masked patches, is divided by; by default their number.
+            pixel_values, noise, interpolate_pos_encoding: as in `ZooViTMAEModel`.
+            num_items_in_batch: divisor of the loss summed over masked patches. Default: their number.
 
         Returns:
-            `loss`, `logits` (B, P, p p C), `mask` and `ids_restore` (B, P); attention maps and hidden states are the
-            encoder's.
+            `loss`, `logits` (B, P, p p C), `mask` and `ids_restore` (B, P); on request the encoder's `hidden_states`
+            and `attentions`.
         """
         outputs = self.vit(pixel_values, noise, interpolate_pos_encoding, **kwargs)
         height, width = self.patch_grid(pixel_values)
@@ -251,7 +256,8 @@ class ZooViTMAEForPreTraining(ZooViTMAEPreTrainedModel):
         )
 
 
-# Stock ViTMAE key names, both ways; transformers 5 saves the decoder's blocks under another name than it publishes.
+# Renames stock ViTMAE keys in both directions. The decoder's blocks have one name in published checkpoints and another
+# in those that transformers 5 saves.
 register_checkpoint_conversion_mapping(
     ZooViTMAEConfig.model_type,
     [

@@ -1,6 +1,6 @@
-"""Images to tokens: patches, a convolutional stem, the tokens before them, and where each patch is.
+"""From images to tokens: patches, a convolutional stem, the tokens before the patches, and positions.
 
-    B  batch    C  channels    P  patches    p  side of a patch
+    B  batch    C  channels    P  patches    D  hidden size
     T  tokens (class token, registers, patches)
 
 `config` is a `ZooViTConfig` (see `vit.py`).
@@ -11,24 +11,24 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from transformers import initialization as init
 
-from .layers import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
+from .positions import LearnedPositions2D, rotary_angles_2d, sinusoidal_encoding_2d
 
 
-def check_channels(images, num_channels: int):
-    """Raises a `ValueError` unless images are (B, C, H, W) for a model of so many channels; for one of grey images they
-    may have colour."""
+def check_channels(images: Tensor, num_channels: int) -> None:
+    """Raises a `ValueError` unless images are (B, num_channels, H, W); a model of grey images also takes colour."""
     if images.ndim != 4 or images.shape[1] not in (num_channels, 3 if num_channels == 1 else num_channels):
         raise ValueError(
-            f"pixel_values of shape {tuple(images.shape)}, but num_channels is {num_channels}, so it has to be "
+            f"pixel_values of shape {tuple(images.shape)}, but num_channels is {num_channels}, so it must be "
             f"(batch, {num_channels}, height, width): convert the images, or set num_channels"
         )
 
 
-def fit_channels(images, num_channels: int):
-    """Images (B, C, H, W) for a model of so many channels: colour becomes grey, its luminance (ITU-R BT.601), where the
-    model has one channel."""
+def fit_channels(images: Tensor, num_channels: int) -> Tensor:
+    """Returns the images (B, num_channels, H, W): a model of one channel gets the luminance of colour images (ITU-R
+    BT.601)."""
     if num_channels != 1 or images.shape[1] != 3:
         return images
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
@@ -36,15 +36,18 @@ def fit_channels(images, num_channels: int):
 
 
 class StemConvolution(nn.Conv2d):
-    """3 x 3, without a bias, since a norm follows."""
+    """A 3 x 3 convolution without a bias, because a norm follows."""
 
     def __init__(self, num_inputs: int, num_channels: int, stride: int = 1):
         super().__init__(num_inputs, num_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
+    def initialise(self, config):
+        init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
+
 
 class StemStage(nn.Module):
-    """A convolution that halves the resolution and a residual block (He et al. 2016), normalised by groups, so that
-    the images of a batch do not depend on each other (Wu and He 2018), as in the paper's hybrids."""
+    """A convolution that halves the resolution, and a residual block (He et al. 2016). Group norms keep the images of a
+    batch independent of each other (Wu and He 2018), as in the paper's hybrids."""
 
     def __init__(self, num_inputs: int, num_channels: int):
         super().__init__()
@@ -64,7 +67,7 @@ class StemStage(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Images to one vector per patch, through the convolutional stem if there is one."""
+    """From images to one vector per patch, through the convolutional stem if there is one."""
 
     def __init__(self, config):
         super().__init__()
@@ -80,7 +83,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ClassAndRegisterTokens(nn.Module):
-    """What comes before the patches: the class token, if `pooling` wants one, and registers."""
+    """The tokens before the patches: the class token, if `pooling` uses one, and registers."""
 
     def __init__(self, config):
         super().__init__()
@@ -88,6 +91,10 @@ class ClassAndRegisterTokens(nn.Module):
         for name, shape in shapes.items():
             token = nn.Parameter(torch.empty(*shape, config.hidden_size)) if shape[1] else None
             self.register_parameter(name, token)
+
+    def initialise(self, config):
+        for token in self.parameters():
+            init.trunc_normal_(token, std=config.initializer_range)
 
     def forward(self, patches, class_position=0):
         """(B, P, D) -> (B, T, D)."""
@@ -97,8 +104,10 @@ class ClassAndRegisterTokens(nn.Module):
 
 
 class PatchPositions(nn.Module):
-    """Where each patch of a grid is. An image of another size than `config.image_size` gets positions in between, as
-    if its grid were laid over the one the model was made for (section 3.2)."""
+    """The positions of the patches of a grid. For images of another size than `config.image_size` they are interpolated
+    (section 3.2)."""
+
+    weight: nn.Parameter | None
 
     def __init__(self, config):
         super().__init__()
@@ -108,25 +117,32 @@ class PatchPositions(nn.Module):
         rows, columns = self.grid_size
         learned = nn.Parameter(torch.empty(1, self.has_class_token + rows * columns, self.dim))
         self.register_parameter("weight", learned if self.kind == "learned" else None)
-        self.halves = LearnedPositions2D(*self.counted, self.dim) if self.kind == "learned_2d" else None
+        self.halves = None
+        if self.kind == "learned_2d":
+            counted_rows, counted_columns = self.counted
+            self.halves = LearnedPositions2D(counted_rows, counted_columns, self.dim)
+
+    def initialise(self, config):
+        if self.weight is not None:
+            init.trunc_normal_(self.weight, std=config.initializer_range)
 
     def class_vector(self):
-        """The class token's position (1, 1, D), or 0 where it has none: stock checkpoints learn one."""
-        return self.weight[:, :1] if self.has_class_token and self.kind == "learned" else 0
+        """Returns the class token's position (1, 1, D), which only learned positions have, as in stock; otherwise 0."""
+        return 0 if self.weight is None or not self.has_class_token else self.weight[:, :1]
 
     def vectors(self, height: int, width: int, dtype: torch.dtype, device):
-        """What to add to the patches of a grid, (1, height x width, D); 0 for rotary positions."""
+        """Returns the vectors to add to the patches of a grid, (1, height x width, D); 0 for rotary positions."""
         if self.kind == "rotary":
             return 0
-        if self.kind == "sinusoidal":
-            rows, columns = self.coordinates(height, width, device)
-            return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
-        if self.kind == "learned_2d":
+        if self.weight is not None:
+            return resize_positions(self.weight[:, int(self.has_class_token) :], self.grid_size, (height, width))
+        if self.halves is not None:
             return resize_positions(self.halves(*self.counted).flatten(0, 1)[None], self.counted, (height, width))
-        return resize_positions(self.weight[:, int(self.has_class_token) :], self.grid_size, (height, width))
+        rows, columns = self.coordinates(height, width, device)
+        return sinusoidal_encoding_2d(rows, columns, self.dim)[None].to(dtype)
 
     def rotations(self, height: int, width: int, num_prefix_tokens: int, dtype: torch.dtype, device):
-        """Cosines and sines (1, 1, T, H / 2) for attention, or None; tokens before the patches do not turn."""
+        """Returns cosines and sines (1, 1, T, head_dim / 2), or None; tokens before the patches are not rotated."""
         if self.kind != "rotary":
             return None
         rows, columns = self.coordinates(height, width, device)
@@ -135,16 +151,16 @@ class PatchPositions(nn.Module):
         return F.pad(cosines, prefix, value=1.0), F.pad(sines, prefix)
 
     def coordinates(self, height: int, width: int, device):
-        """Row and column (P,) of every patch, as places in `config.position_grid`."""
-        places = [
+        """Returns row and column (P,) of every patch, in the units of `config.position_grid`."""
+        axes = [
             (torch.arange(number, device=device) + 0.5) * (counted / number) - 0.5
             for number, counted in zip((height, width), self.counted, strict=True)
         ]
-        return [axis.flatten() for axis in torch.meshgrid(*places, indexing="ij")]
+        return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
 
 
-def resize_positions(grid, old: Sequence[int], new: Sequence[int]):
-    """Vectors (1, rows x columns, D) of an old grid, interpolated to a new one."""
+def resize_positions(grid: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Interpolates vectors (1, rows x columns, D) from an old grid (rows, columns) to a new one."""
     if tuple(old) == tuple(new):
         return grid
     planes = grid.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)

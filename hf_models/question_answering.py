@@ -1,10 +1,10 @@
-"""Extractive question answering: from the scores of tokens to an answer in the words of the context.
+"""Extractive question answering: from the scores of tokens to answers in the words of the context.
 
-A context longer than the model is read in windows that overlap by `stride` tokens. Every run of context tokens in any
-window may be the answer, and scores start_logit(first) + end_logit(last); "there is no answer" scores the same at the
-first token of a window, [CLS] (Devlin et al. 2019, sections 4.2 and 4.3).
+A context that is too long for the model is split into windows that overlap by `stride` tokens. Every span of context
+tokens in a window is a possible answer, with the score start_logit(first) + end_logit(last). The score of "no answer"
+is the same sum at the first token of a window, [CLS] (Devlin et al. 2019, sections 4.2 and 4.3).
 
-W windows of one question, T tokens of a window
+    W  windows of one question    T  tokens of a window
 """
 
 import math
@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Answer(NamedTuple):
-    """`context[start:end]`, and its probability among all spans that were possible. An empty text says that the
-    context has no answer."""
+    """`context[start:end]`, with its probability among all possible answers. An empty text means "no answer"."""
 
     text: str
     score: float
@@ -38,21 +37,22 @@ def answer_question(
     null_threshold: float | None = None,
     batch_size: int = 16,
 ) -> list[Answer]:
-    """The best answers that the model finds in the context, the best one first.
+    """Returns the best answers that the model finds in the context, the best one first.
 
     Args:
         model: a question-answering model, with `start_logits` and `end_logits` in its output.
-        num_answers: how many to give, if there are so many.
-        max_tokens: length of a window, question included. Default: the tokenizer's `model_max_length`, which after
-            fine-tuning is the length that was evaluated, or the model's positions if it has fewer.
-        stride: tokens that two windows share. Default: a third of `max_tokens`.
-        max_answer_tokens: longest answer.
-        null_threshold: how far "no answer" has to score above the best span to be preferred; infinity asks for a span
-            in any case. Default: the config's `null_threshold`; where it has none every question has an answer.
-        batch_size: windows of one forward pass.
+        num_answers: largest number of answers to return.
+        max_tokens: length of a window with the question. Default: the tokenizer's `model_max_length`, which
+            fine-tuning sets to the evaluated length, or the number of the model's positions if that is smaller.
+        stride: number of tokens that neighbouring windows share. Default: a third of `max_tokens`.
+        max_answer_tokens: length of the longest possible answer.
+        null_threshold: by how much the score of "no answer" must exceed that of the best span to come before it;
+            infinity excludes "no answer". Default: the config's `null_threshold`; without one, every question has an
+            answer.
+        batch_size: number of windows in one forward pass.
 
     Raises:
-        ValueError: a length or a threshold that cannot be, as `question_windows` and `best_answers` say.
+        ValueError: a length or threshold is invalid, as in `question_windows` and `best_answers`.
     """
     if max_tokens is None:
         max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
@@ -89,20 +89,21 @@ def answer_question(
 
 
 def question_windows(tokenizer, questions: list[str], contexts: list[str], *, max_tokens: int, stride: int) -> list:
-    """Question and context as the windows that the model reads, one dict each, in the order of the questions.
+    """Splits each question and its context into windows for the model, in the order of the questions.
 
-    A question longer than a quarter of a window is cut.
+    Questions longer than a quarter of a window are cut.
 
     Args:
-        tokenizer: a fast one that pads on the right, so that a window begins with its [CLS].
+        tokenizer: a fast tokenizer that pads on the right, so that every window starts with [CLS].
+        max_tokens, stride: as in `answer_question`.
 
     Returns:
-        Dicts of `input_ids` and, where the tokenizer makes them, `token_type_ids` (T,); `offsets` (T, 2), the
-        characters of the context that each token covers, and (0, 0) for a token that is not the context's; and
-        `question`, the index of the question.
+        A dict for each window: `input_ids` (T,); `token_type_ids` (T,), if the tokenizer makes them; `offsets` (T, 2),
+        the characters of the context that each token covers, or (0, 0) for other tokens; and `question`, the index of
+        the question.
 
     Raises:
-        ValueError: windows too short to hold a question and part of a context, or a stride that leaves no step.
+        ValueError: `max_tokens` is too small to hold a question and part of a context, or `stride` is too large.
     """
     if max_tokens < 24:
         raise ValueError(f"max_tokens is {max_tokens}: a window of fewer than 24 tokens has no room for a context")
@@ -145,28 +146,27 @@ def best_answers(
     max_answer_tokens: int = 30,
     null_threshold: float | None = None,
 ) -> list[Answer]:
-    """The best spans of the context over all windows of one question, the best one first.
+    """Returns the best spans of the context over all windows of one question, the best one first.
 
-    A span that several windows contain counts once, by its best window; "no answer" counts by its worst, since every
-    window has to agree that it holds none (as in the SQuAD 2.0 baseline).
+    A span in several windows has its best score. "No answer" has its worst score, because it requires that no window
+    holds an answer (as in the SQuAD 2.0 baseline).
 
     Args:
-        start_logits, end_logits: (W, T), padding included.
-        offsets: (W, T, 2) the characters of the context that each token covers; (0, 0) for any other token.
-        max_answer_tokens: longest span.
-        null_threshold: how far "no answer" has to score above the best span to come before it; None: every question
-            has an answer.
+        start_logits, end_logits: (W, T), with padding.
+        offsets: (W, T, 2), the characters of the context that each token covers; (0, 0) for other tokens.
+        num_answers, max_answer_tokens: as in `answer_question`.
+        null_threshold: as in `answer_question`, but None means that every question has an answer.
 
     Returns:
-        At least one answer; the empty one if there is no span at all.
+        At least one answer; the empty one if there is no span.
 
     Raises:
-        ValueError: a `null_threshold` that is no number, or minus infinity.
+        ValueError: `null_threshold` is NaN or minus infinity.
     """
     if null_threshold is not None and not null_threshold > -math.inf:
         raise ValueError(
-            f"null_threshold is {null_threshold}: give a number, very low for 'no answer' in any case, or infinity for "
-            "a span in any case"
+            f"null_threshold is {null_threshold}: give a number; a very low one makes 'no answer' the best, and "
+            "infinity excludes it"
         )
     num_tokens = start_logits.shape[1]
     first_characters, last_characters = offsets.unbind(-1)  # (W, T)
@@ -175,14 +175,14 @@ def best_answers(
     is_span = is_span & is_context[:, :, None] & is_context[:, None, :]  # (W, T, T)
     windows, firsts, lasts = is_span.nonzero(as_tuple=True)
     scores = start_logits[windows, firsts] + end_logits[windows, lasts]
-    # One number for each span of characters, so that equal ones meet.
+    # Equal spans of characters get equal numbers, so that `unique` joins them.
     size = len(context) + 1
     spans = first_characters[windows, firsts] * size + last_characters[windows, lasts]
-    spans, place = spans.unique(return_inverse=True)
-    scores = torch.full((len(spans),), -math.inf).scatter_reduce(0, place, scores.float(), "amax")
+    spans, span_index = spans.unique(return_inverse=True)
+    scores = torch.full((len(spans),), -math.inf).scatter_reduce(0, span_index, scores.float(), "amax")
     if null_threshold is not None and null_threshold < math.inf:
         null = (start_logits[:, 0] + end_logits[:, 0]).float().min() - null_threshold
-        spans, scores = torch.cat([spans, spans.new_zeros(1)]), torch.cat([scores, null[None]])  # characters 0 to 0
+        spans, scores = torch.cat([spans, spans.new_zeros(1)]), torch.cat([scores, null[None]])  # the span 0:0
     if len(spans) == 0:
         return [Answer("", 1.0, 0, 0)]
     top = scores.softmax(0).topk(min(num_answers, len(scores)))

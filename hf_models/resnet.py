@@ -1,13 +1,14 @@
-"""ResNet: the convolutional backbone, which learns what to add to its input (He et al. 2016).
+"""ResNet: a convolutional backbone whose blocks learn what to add to their input (He et al. 2016).
 
 branch(x) = norm(W_2 relu(norm(W_1 x)))
 block(x)  = relu(x + branch(x))
 
-B batch, C channels, H and W height and width of the image or of a feature map
+    B  batch    C  channels    H, W  height and width of the image or of a feature map
 """
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,22 +17,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import initialization as init
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.utils import cached_file
 
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 class ResNetShape(NamedTuple):
-    """
+    """The sizes of a ResNet.
+
     Args:
         block: `basic`, two convolutions of 3 x 3; or `bottleneck`, one of 3 x 3 at a quarter of the width between two
             of 1 x 1.
-        depths: blocks of each stage. Every stage but the first halves the resolution.
-        widths: channels that each stage gives.
+        depths: number of blocks in each stage. Every stage but the first halves the resolution.
+        widths: output channels of each stage.
         stem: `pool`, a 7 x 7 convolution with stride 2 and a maximum over 3 x 3 with stride 2; or `convolution`, one of
             3 x 3 with stride 2.
-        stem_width: channels that the stem gives.
+        stem_width: output channels of the stem.
     """
 
     block: Literal["basic", "bottleneck"]
@@ -42,12 +44,12 @@ class ResNetShape(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image, in each direction, that one place of the last feature map stands for."""
+        """Height and width in pixels of the image that one cell of the last feature map stands for."""
         return (4 if self.stem == "pool" else 2) * 2 ** (len(self.depths) - 1)
 
 
 RESNETS = {
-    # He et al. 2016, table 1; with the stride of a bottleneck in its 3 x 3 convolution, as in all published weights.
+    # He et al. 2016, table 1; but a bottleneck's 3 x 3 convolution has the stride, as in all published weights.
     "resnet18": ResNetShape("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet34": ResNetShape("basic", (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": ResNetShape("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),
@@ -55,14 +57,19 @@ RESNETS = {
     # For training from scratch on small images.
     "resnet-mini": ResNetShape("basic", (1, 1, 1), (16, 64, 128), "convolution", 16),
     "resnet-small": ResNetShape("basic", (1, 1, 1, 1), (16, 64, 128, 192), "convolution", 16),
-    # For tests: as published, but tiny.
+    # For tests: built like the published ones, but tiny.
     "resnet-nano": ResNetShape("basic", (1, 1), (8, 16), "pool", 8),
 }
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm (Ioffe and Szegedy 2015) with statistics and factors that do not change: one factor and one summand
-    per channel, which the convolution before it takes into its own weights."""
+    """Batch norm (Ioffe and Szegedy 2015) with constant statistics and factors: one factor and one summand per channel,
+    which the convolution before it merges into its own weights."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
     def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__()
@@ -72,21 +79,22 @@ class FrozenBatchNorm(nn.Module):
         initialise_resnet(self)
 
     def scale_and_shift(self):
-        """(C,) and (C,), float32: the norm of x is scale * x + shift."""
+        """Returns scale (C,) and shift (C,), float32, such that norm(x) = scale * x + shift."""
         scale = self.weight.float() * (self.running_var.float() + self.eps).rsqrt()
         return scale, self.bias.float() - self.running_mean.float() * scale
 
     def forward(self, images):
-        """(B, C, H, W) -> the same, normalised: in a backbone that is not of this file."""
+        """(B, C, H, W) -> (B, C, H, W); only backbones from elsewhere call this."""
         scale, shift = (values[:, None, None].to(images.dtype) for values in self.scale_and_shift())
         return images * scale + shift
 
 
 class ResNetGroupNorm(nn.GroupNorm):
-    """Normalises each image by itself (Wu and He 2018), in 32 groups or fewer, of at least two channels.
+    """A group norm (Wu and He 2018) of at most 32 groups of at least two channels. It normalises each image by itself.
 
-    ends_branch: whether the sum with the shortcut comes next. Such a norm starts at zero, and its block as the
-    identity (Goyal et al. 2017, section 5.1).
+    Args:
+        ends_branch: whether the norm is the last of a residual branch. Such a norm starts at zero, so that its block
+            starts as the identity (Goyal et al. 2017, section 5.1).
     """
 
     def __init__(self, num_channels: int, ends_branch: bool):
@@ -98,25 +106,28 @@ class ResNetGroupNorm(nn.GroupNorm):
 
 
 class ResNetConvolution(nn.Conv2d):
-    """A convolution with the norm that follows, so without a bias."""
+    """A convolution without a bias, which also applies the norm that follows it."""
 
     def __init__(self, num_inputs: int, num_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
         padding = dilation * (kernel_size // 2)
         super().__init__(num_inputs, num_channels, kernel_size, stride, padding, dilation, bias=False)
 
-    def forward(self, images, norm):
+    def forward(self, images, norm):  # type: ignore[override]  # it takes the norm, too
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         if not isinstance(norm, FrozenBatchNorm):
             return norm(super().forward(images))
-        scale, shift = norm.scale_and_shift()  # constants: one pass over the weights saves one over the feature map
+        scale, shift = norm.scale_and_shift()  # merging them into the weights saves a pass over the feature map
         weight = (self.weight * scale[:, None, None, None]).to(images.dtype)
         return F.conv2d(images, weight, shift.to(images.dtype), self.stride, self.padding, self.dilation)
 
 
 class ResNetBlock(nn.Module):
-    """A residual block of either kind.
+    """A residual block.
 
-    first_dilation, dilation: of the first 3 x 3 convolution and of a second one.
+    Args:
+        kind: `block` of `ResNetShape`.
+        norm: as in `ResNet`.
+        first_dilation, dilation: dilation of the first and of the second 3 x 3 convolution.
     """
 
     def __init__(self, kind, num_inputs, num_channels, norm, stride=1, first_dilation=1, dilation=1):
@@ -152,7 +163,7 @@ class ResNetBlock(nn.Module):
 
 
 class ConvolutionAndNorm(nn.Module):
-    """The stem's convolution, or the one of a shortcut between two resolutions or widths."""
+    """The convolution of the stem, or of a shortcut that changes resolution or width."""
 
     def __init__(self, num_inputs, num_channels, kernel_size, stride, norm):
         super().__init__()
@@ -164,18 +175,18 @@ class ConvolutionAndNorm(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images to the feature map of the last stage.
+    """From images to the feature map of the last stage.
 
     Args:
         name: one of `RESNETS`.
         num_channels: channels of an image.
-        norm: `frozen_batch` for weights that someone has trained with batch norm; `group` for training from scratch.
-        dilation: the last stage keeps the resolution, and dilates its convolutions instead (Yu and Koltun 2016; "DC5"
-            of Carion et al. 2020): twice as many rows and columns at the end.
+        norm: `frozen_batch` for weights that were trained with batch norm; `group` for training from scratch.
+        dilation: whether the last stage dilates its convolutions instead of halving the resolution (Yu and Koltun 2016;
+            "DC5" of Carion et al. 2020).
 
     Attributes:
         num_channels_out: channels of the feature map.
-        stride: pixels of the image, in each direction, that one place of the feature map stands for.
+        stride: height and width in pixels of the image that one cell of the feature map stands for.
     """
 
     def __init__(
@@ -195,7 +206,8 @@ class ResNet(nn.Module):
         num_inputs = shape.stem_width
         for number, (depth, width) in enumerate(zip(shape.depths, shape.widths, strict=True)):
             dilates = dilation and number == len(shape.depths) - 1
-            # What the first block gets still has the spacing of the stage before, so only what follows is dilated.
+            # The first block's input still has the resolution of the stage before, so its first convolution is not
+            # dilated.
             first = {"stride": 1 if number == 0 or dilates else 2, "dilation": 1 + dilates}
             others = {"first_dilation": 1 + dilates, "dilation": 1 + dilates}
             blocks = [ResNetBlock(shape.block, num_inputs, width, norm, **first)]
@@ -204,15 +216,15 @@ class ResNet(nn.Module):
             num_inputs = width
 
     def freeze_start(self):
-        """The stem and the first stage keep their weights from now on, as in the published code of DETR."""
+        """Stops training the stem and the first stage, as DETR's published code does."""
         self.stem.requires_grad_(False)
         self.stages[0].requires_grad_(False)
 
     def forward(self, pixel_values):
         """(B, C, H, W) -> (B, num_channels_out, ceil(H / stride), ceil(W / stride))."""
         images = pixel_values.to(self.stem.conv.weight.dtype)
-        # Channels last is the faster layout, but for CUDA's group norm, which copies back, and for gradients on a CPU,
-        # where AVX-512 and a frozen norm make it pay.
+        # Channels last is the faster layout, with two exceptions: CUDA's group norm copies it back, and training on a
+        # CPU is faster only with AVX-512 and a frozen norm.
         is_frozen = self.norm_kind == "frozen_batch"
         is_faster = {"cpu": not self.training or (is_frozen and HAS_AVX512), "cuda": is_frozen}
         if is_faster.get(images.device.type):
@@ -226,12 +238,13 @@ class ResNet(nn.Module):
 
 
 def make_image_norm(norm: str, num_channels: int, ends_branch: bool = False) -> nn.Module:
+    """Makes the norm after a convolution; arguments as in `ResNet` and `ResNetGroupNorm`."""
     return FrozenBatchNorm(num_channels) if norm == "frozen_batch" else ResNetGroupNorm(num_channels, ends_branch)
 
 
 @torch.no_grad()
 def initialise_resnet(module: nn.Module):
-    """For a model's `_init_weights`: what a module of this file starts with (He et al. 2015); others stay alone."""
+    """Initialises a module if it is one of this file's (He et al. 2015); for `_init_weights` of a model."""
     if isinstance(module, ResNetConvolution):
         init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, FrozenBatchNorm):
@@ -248,11 +261,11 @@ def initialise_resnet(module: nn.Module):
 
 
 def timm_renamings(ours: str, stock: list[str]) -> list[WeightRenaming]:
-    """From the key names of timm and torchvision to ours, and back.
+    """Returns renamings from the key names of timm and torchvision to ours, and back.
 
     Args:
-        ours: what the names here begin with, a regular expression.
-        stock: what the others may begin with; names on the way back begin with the first.
+        ours: the start of our names, a regular expression.
+        stock: the possible starts of the other names; renaming back uses the first.
     """
     return [
         *_at_the_start(ours, stock, {r"conv1\.": r"stem\.conv\.", r"bn1\.": r"stem\.norm\."}),
@@ -263,8 +276,10 @@ def timm_renamings(ours: str, stock: list[str]) -> list[WeightRenaming]:
 
 
 def stock_renamings(ours: str, stock: list[str]) -> list[WeightRenaming]:
-    """From the key names of transformers' ResNet to ours, and back; arguments as for `timm_renamings`, which has to
-    come first where both are wanted: on the way back the last ones win."""
+    """Returns renamings from the key names of transformers' ResNet to ours, and back.
+
+    Arguments are those of `timm_renamings`. If both are used, timm's must come first: renaming back uses the last.
+    """
     start = {
         r"embedder\.embedder\.convolution\.": r"stem\.conv\.",
         r"embedder\.embedder\.normalization\.": r"stem\.norm\.",
@@ -290,14 +305,15 @@ def _renamings(names: dict[str, str]) -> list[WeightRenaming]:
     return [WeightRenaming(old, new) for old, new in names.items()]
 
 
-def rename(key: str, renamings: list[WeightRenaming]) -> str:
+def rename(key: str, renamings: Sequence[WeightTransform]) -> str:
+    """Applies the renamings to a key, one after the other."""
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key
 
 
 def stock_resnet_fields(name: str) -> dict:
-    """The fields of transformers' `ResNetConfig` for one of `RESNETS`; raises a `ValueError` where it has none."""
+    """Returns the fields of `ResNetConfig` for one of `RESNETS`; raises a `ValueError` if there is no equal."""
     shape = RESNETS[name]
     if shape.stem != "pool":
         raise ValueError(f"ResNetConfig has no backbone={name!r}: its stem is always the one with pooling")
@@ -311,7 +327,8 @@ def stock_resnet_fields(name: str) -> dict:
 
 
 def find_resnet(fields: dict) -> str:
-    """Which of `RESNETS` a stock `ResNetConfig`, as a dict, describes; raises a `ValueError` where none does."""
+    """Returns the name in `RESNETS` that a stock `ResNetConfig`, as a dict, describes; raises a `ValueError` if none
+    does."""
     defaults = stock_resnet_fields("resnet50") | {
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
@@ -320,23 +337,23 @@ def find_resnet(fields: dict) -> str:
     wanted = {option: fields.get(option, value) for option, value in defaults.items()}
     wanted |= {option: list(value) for option, value in wanted.items() if isinstance(value, tuple)}
     last_stage = f"stage{len(wanted['depths'])}"
-    wanted["out_features"] = (fields.get("out_features") or [last_stage])[-1:]  # a detector looks at the last one
+    wanted["out_features"] = (fields.get("out_features") or [last_stage])[-1:]  # a detector uses only the last one
     for name, shape in RESNETS.items():
         if shape.stem == "pool" and wanted == defaults | stock_resnet_fields(name):
             return name
-    raise ValueError(f"no ResNet here has {wanted}; there are {', '.join(RESNETS)}")
+    raise ValueError(f"no ResNet of this package has {wanted}; it has {', '.join(RESNETS)}")
 
 
 def load_backbone_weights(resnet: ResNet, source: str | Path | dict[str, torch.Tensor]):
-    """Takes the weights of a trained ResNet, whatever classifier it ends with.
+    """Loads the weights of a trained ResNet into `resnet`, without those of its classifier.
 
     Args:
-        source: key names and tensors; or a file of them (safetensors, or one of `torch.save`); or a folder or a
-            repository on the Hub with such a file. The names are transformers', timm's and torchvision's, or ours; of
-            a ResNet alone, a classifier or a DETR.
+        source: a dict of key names and tensors; or a file of them, by safetensors or by `torch.save`; or a folder or
+            Hub repository with such a file. The names may be transformers', timm's, torchvision's or ours, and those
+            of a ResNet alone, a classifier or a DETR.
 
     Raises:
-        ValueError: no such file, or names or shapes in it that do not fit; the message says which.
+        ValueError: there is no such file, or names or shapes in it do not fit; the message names them.
     """
     weights = dict(source) if isinstance(source, dict) else _read_weights(source)
     source = "the given weights" if isinstance(source, dict) else source
@@ -362,7 +379,7 @@ def load_backbone_weights(resnet: ResNet, source: str | Path | dict[str, torch.T
             hint = "; these weights were trained with batch norm: set backbone_norm='frozen_batch'"
         raise ValueError(
             f"{source} does not fit the backbone: {'; '.join(problems[:3])}{more}{hint}. Choose the `backbone` that "
-            "these weights are of"
+            "these weights belong to"
         )
     resnet.load_state_dict(renamed)
 
@@ -374,17 +391,18 @@ def _read_weights(source: str | Path) -> dict[str, torch.Tensor]:
         try:
             found = [cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names]
         except OSError as error:
-            raise ValueError(f"{source} is no file, and no folder or repository that can be read: {error}") from error
-        path = next((Path(name) for name in found if name is not None), None)
-        if path is None:
+            raise ValueError(f"{source} is not a file, folder or repository that can be read: {error}") from error
+        there = [Path(name) for name in found if name is not None]
+        if not there:
             raise ValueError(f"{source} has neither {' nor '.join(names)}: name a file of weights")
+        path = there[0]
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as tensors alone; convert it to safetensors") from error
-    for name in ("state_dict", "model"):  # as training scripts of timm and torchvision save
+        raise ValueError(f"{path} holds more than tensors, or is damaged; convert it to safetensors") from error
+    for name in ("state_dict", "model"):  # where training scripts of timm and torchvision put the weights
         if isinstance(weights, dict) and isinstance(weights.get(name), dict):
             weights = weights[name]
     return {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}

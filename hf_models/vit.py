@@ -2,10 +2,11 @@
 
 x_p = W patch_p + b                                          (equation 1)
 h_0 = [class token; x_1; ...; x_P] + positions
-h_l = block(h_(l-1)),  l = 1..L,  each patch seeing all others
+h_l = block(h_(l-1)),  l = 1..L,  where each token attends to all tokens
 p(class) = softmax(W_c norm(h_L)[class token])               (equation 4)
 
-B batch, C channels, P patches, T tokens (class token, registers, patches), D hidden size, N heads
+    B  batch    C  channels    P  patches    p  side of a patch    D  hidden size
+    T  tokens (class token, registers, patches)
 """
 
 import math
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -24,23 +24,28 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import TransformerConfig, ZooPreTrainedModel
-from .layers import TransformerStack, make_norm
+from .base import TransformerConfig, TransformerModel
+from .layers import ENCODER_OUTPUTS, TransformerStack, make_norm
 from .losses import classification_loss
 from .packing import FirstToken
 from .patches import (
     ClassAndRegisterTokens,
     PatchEmbedding,
     PatchPositions,
-    StemConvolution,
     check_channels,
     fit_channels,
     resize_positions,
 )
 
+# isort: split
+# transformers fetches only the modules that this file imports by name; the modules above need these, too.
+from .attention import MultiHeadAttention  # noqa: F401
+from .positions import rotary_angles  # noqa: F401
+from .projections import ResidualLinear  # noqa: F401
+
 
 def grid_of(image_size, patch_size) -> tuple[int, int]:
-    """Rows and columns of patches; each size is a number of pixels, or [height, width]."""
+    """Returns the rows and columns of patches; each size is a number of pixels or [height, width]."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
     return height // patch_size, width // patch_size
@@ -48,28 +53,29 @@ def grid_of(image_size, patch_size) -> tuple[int, int]:
 
 @strict
 class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
-    """A ViT. The defaults are ViT-B/16 at 224 pixels; stock spellings (`hidden_dropout_prob`, ...) are understood.
+    """The config of a ViT. The defaults are ViT-B/16's at 224 pixels; stock's names of fields (`hidden_dropout_prob`,
+    ...) work too.
 
     Args:
         num_hidden_layers: number of blocks L.
-        image_size: height and width in pixels, or [height, width], that the positions are made for; other sizes work,
-            with positions in between.
+        image_size: height and width in pixels, or [height, width], that the positions are made for; for other sizes
+            they are interpolated.
         patch_size: side of a patch in pixels.
         num_channels: channels C of an image.
-        pooling: what stands for the whole image: the `class` token, the `mean` of the patches (then there is no class
-            token), or `both`, one behind the other.
-        num_register_tokens: tokens of no meaning, for the model to keep notes in (Darcet et al. 2024).
+        pooling: the vector of the whole image: the `class` token, the `mean` of the patches (without a class token), or
+            `both` joined.
+        num_register_tokens: extra tokens that stand for no patch (Darcet et al. 2024).
         position_embedding_type: `learned`, a vector for each patch (the paper); `learned_2d`, half a vector for each
             row and half for each column (the paper's appendix D.4); `sinusoidal` in two dimensions, fixed (Carion et
             al. 2020, appendix A.4); or `rotary` in two dimensions (Heo et al. 2024) with base `rope_theta`.
-        position_grid: rows and columns of patches that positions other than `learned` count; another grid is laid over
-            it. Default: those of `image_size`. It stays as it was when a checkpoint is loaded with another
-            `image_size`, for which `learned` positions are interpolated once and for all, and saved as such.
-        stem_channels: widths of a convolutional stem in front of the patches, from fine to coarse, each at half the
-            resolution of the one before (section 3.1, "Hybrid architecture"); [] for none.
-        out_features, out_indices: of a backbone: the blocks whose output is wanted, "stage1" being the first.
+        position_grid: rows and columns of patches that the positions are counted in; other grids are scaled to it.
+            Default: those of `image_size`. If a checkpoint is loaded with another `image_size`, it stays the same; only
+            `learned` positions are interpolated to the new grid, and saved in it.
+        stem_channels: channels of the stages of a convolutional stem before the patches, each at half the resolution of
+            the one before (section 3.1, "Hybrid architecture"). Default: no stem.
+        out_features, out_indices: the blocks whose output a backbone returns; "stage1" is the first.
 
-    `TransformerConfig` explains the rest.
+    `TransformerConfig` documents the other fields.
     """
 
     model_type = "zoo_vit"
@@ -85,7 +91,7 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         "AutoBackbone": "vit.ZooViTBackbone",
     }
     _auto_class = "AutoConfig"
-    stock_model_types = ("vit", "vit_mae")
+    stock_model_types: ClassVar[tuple[str, ...]] = ("vit", "vit_mae")
 
     num_hidden_layers: int = 12
     image_size: int | list[int] | tuple[int, ...] = 224
@@ -104,7 +110,7 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if cls.model_type == "zoo_vit":  # of a masked autoencoder, the encoder
+        if cls.model_type == "zoo_vit":  # load only the encoder of a masked autoencoder
             if config_dict.get("model_type") == "zoo_vit_mae":
                 config_dict["model_type"] = cls.model_type
                 config_dict.pop("auto_map", None)
@@ -114,21 +120,22 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        # The positions of a checkpoint keep its own grid, even if `kwargs` override its `image_size`.
         size, patch = (config_dict.get(name, getattr(cls, name)) for name in ("image_size", "patch_size"))
-        return super().from_dict({"position_grid": grid_of(size, patch), **config_dict}, **kwargs)  # before overrides
+        return super().from_dict({"position_grid": grid_of(size, patch), **config_dict}, **kwargs)
 
     def __post_init__(self, **kwargs):
         for option, only in {"pooler_act": "tanh", "pooler_output_size": self.hidden_size}.items():
             if (value := kwargs.pop(option, only)) not in (only, None):
-                raise ValueError(f"a ViT config with {option}={value!r} has no equal in ZooViT (only {only!r})")
-        kwargs.pop("encoder_stride", None)  # of a head that we do not have
+                raise ValueError(f"a ViT config with {option}={value!r} cannot be loaded as a ZooViT (only {only!r})")
+        kwargs.pop("encoder_stride", None)  # a field of a head that this package lacks
         if not isinstance(self.patch_size, int):
             if len(set(self.patch_size)) != 1:
                 raise ValueError(f"patch_size {list(self.patch_size)}: patches are square here, give one number")
             self.patch_size = self.patch_size[0]
         if not isinstance(self.image_size, int):
             self.image_size = list(self.image_size) if len(self.image_size) > 1 else self.image_size[0]
-        self.check_images()  # before a grid is made of them
+        self.check_images()  # `grid_size` needs valid sizes
         self.stem_channels = list(self.stem_channels)
         self.position_grid = list(self.position_grid or self.grid_size)
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -138,7 +145,7 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
 
     def to_dict(self):
         output = super().to_dict()
-        if self.position_embedding_type == "learned":  # the grid that the saved ones are made for
+        if self.position_embedding_type == "learned":  # these were interpolated to the current grid
             output["position_grid"] = list(self.grid_size)
         return output
 
@@ -148,28 +155,35 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
         return grid_of(self.image_size, self.patch_size)
 
     @property
+    def patch_side(self) -> int:
+        """Side of a patch in pixels: `patch_size` as one number, which `__post_init__` makes of a pair."""
+        assert isinstance(self.patch_size, int)
+        return self.patch_size
+
+    @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches."""
+        """Number of tokens before the patches."""
         return (self.pooling != "mean") + self.num_register_tokens
 
     def check_images(self):
-        """Raises a `ValueError` unless an image divides into patches."""
+        """Raises a `ValueError` unless an image divides into whole patches."""
         size = [self.image_size] if isinstance(self.image_size, int) else self.image_size
-        if len(size) > 2 or self.patch_size < 1 or any(side < 1 or side % self.patch_size for side in size):
+        if len(size) > 2 or self.patch_side < 1 or any(side < 1 or side % self.patch_side for side in size):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: change one of them"
             )
 
     def validate_images(self):
-        """Checks that image, patch and positions fit."""
+        """Checks that the sizes of images, patches, stem and positions fit together."""
+        assert self.position_grid is not None  # `__post_init__` fills it in
         self.check_images()
-        if self.patch_size % 2 ** len(self.stem_channels):
+        if self.patch_side % 2 ** len(self.stem_channels):
             raise ValueError(
                 f"patch_size {self.patch_size} is not a multiple of the {2 ** len(self.stem_channels)} pixels that "
                 f"stem_channels {self.stem_channels} make one"
             )
         if len(self.position_grid) != 2 or min(self.position_grid) < 1:
-            raise ValueError(f"position_grid {self.position_grid} has to be two numbers, of rows and of columns")
+            raise ValueError(f"position_grid {self.position_grid} must be two numbers, rows and columns")
         if self.num_register_tokens < 0 or min([self.num_channels, *self.stem_channels]) < 1:
             raise ValueError("num_register_tokens must be at least 0, num_channels and stem_channels at least 1")
         needs = {"learned_2d": ("hidden_size", 2), "sinusoidal": ("hidden_size", 4), "rotary": ("head_dim", 4)}
@@ -181,25 +195,18 @@ class ZooViTConfig(BackboneConfigMixin, TransformerConfig):
             )
 
 
-class ZooViTPreTrainedModel(ZooPreTrainedModel):
+class ZooViTPreTrainedModel(TransformerModel):
+    config: ZooViTConfig
     config_class = ZooViTConfig
+    _can_record_outputs = ENCODER_OUTPUTS
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     _input_embed_layer = "patch_embed"
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"\bmask_token$"]  # of MAE and of masked image models
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, (ClassAndRegisterTokens, PatchPositions)):
-            for parameter in module.parameters(recurse=False):
-                init.trunc_normal_(parameter, std=self.config.initializer_range)
-        elif isinstance(module, StemConvolution):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"\bmask_token$"]  # weights of MAE and masked image models
 
     def patch_grid(self, pixel_values) -> tuple[int, int]:
-        """Rows and columns of patches in images (B, C, H, W); raises a `ValueError` for any that do not fit."""
+        """Returns rows and columns of patches in images (B, C, H, W); raises a `ValueError` if images do not fit."""
         size = self.config.patch_size
         check_channels(pixel_values, self.config.num_channels)
         height, width = pixel_values.shape[2:]
@@ -229,7 +236,7 @@ class ZooViTPreTrainedModel(ZooPreTrainedModel):
 
 
 class ZooViTModel(ZooViTPreTrainedModel):
-    """Images to one vector per patch, and one for the whole: patches, blocks, norm, pooler.
+    """From images to one vector per token and one for the whole image: patches, blocks, norm, pooler.
 
     Args:
         add_pooling_layer: whether there is a pooler, tanh(W h[class token]).
@@ -259,27 +266,28 @@ class ZooViTModel(ZooViTPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values: (B, C, H, W), normalised as the image processor does. A model of grey images takes colour
-                too, (B, 3, H, W), as pipelines open every image.
+            pixel_values: (B, C, H, W), normalised by the image processor. A model of grey images also takes colour
+                images (B, 3, H, W), because pipelines open every image in colour.
             interpolate_pos_encoding: False refuses images of another size than `config.image_size`.
-            only_first: whether the first token's state is the only one that will be read: the last block gives no
-                others, (B, 1, D), and they are 0. Without effect where hidden states or attention maps are asked for,
-                or a pooler reads more. The classifier of a class token sets it by itself.
+            only_first: whether only the first token's state is used. The last block then computes only this state
+                (B, 1, D), and the others are 0. It has no effect with requested hidden states or attention maps, or if
+                the pooler reads patches. The classifier of a class token sets it itself.
 
         Returns:
             `last_hidden_state` (B, T, D), `pooler_output` (B, D).
 
         Raises:
-            ValueError: another number of channels, a size that is not a multiple of the patch, attention maps asked of
-                a backend that does not form them.
+            ValueError: the number of channels is wrong; the size is not a multiple of the patch size; the backend does
+                not compute the requested attention maps; or a keyword argument is unknown.
         """
         hidden_states, rotary = self.embed(pixel_values, interpolate_pos_encoding)
         return self.encode(hidden_states, rotary, only_first, **kwargs)
 
     def embed(self, pixel_values, interpolate_pos_encoding: bool | None = None, visible=None):
-        """The tokens (B, T, D) that go into the first block, and the rotations for attention or None.
+        """Returns the tokens (B, T, D) for the first block, and the rotations for attention or None.
 
-        visible: (B, K), the patches to keep; by default all of them.
+        Args:
+            visible: (B, K), indices of the patches to keep. Default: all of them.
         """
         height, width = self.patch_grid(pixel_values)
         if interpolate_pos_encoding is False and (height, width) != self.config.grid_size:
@@ -295,26 +303,32 @@ class ZooViTModel(ZooViTPreTrainedModel):
             patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))  # (B, K, D)
             if rotary is not None:
                 prefix = torch.arange(num_prefix_tokens, device=device).expand(visible.shape[0], -1)
-                places = torch.cat((prefix, visible + num_prefix_tokens), dim=1)
-                rotary = tuple(angles[0, 0, places][:, None] for angles in rotary)  # (B, 1, prefix + K, H / 2)
+                kept = torch.cat((prefix, visible + num_prefix_tokens), dim=1)
+                rotary = tuple(angles[0, 0, kept][:, None] for angles in rotary)  # (B, 1, prefix + K, head_dim / 2)
         return self.dropout(self.tokens(patches, self.positions.class_vector())), rotary
 
     def encode(self, hidden_states, rotary, only_first: bool = False, **kwargs) -> BaseModelOutputWithPooling:
-        """Blocks, norm and pooler; `only_first` as in `forward`."""
+        """Applies blocks, norm and pooler; `only_first` as in `forward`."""
+        self.check_keywords(kwargs)
         wants_maps = kwargs.pop("output_attentions", self.config.output_attentions)
         self.check_output_attentions(wants_maps)
         wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        reads_others = wants_maps or wants_states or (self.pooler is not None and self.config.pooling != "class")
-        first = FirstToken(hidden_states.shape[1]) if only_first and not reads_others else None
-        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, asking=first, **kwargs))
+        uses_others = wants_maps or wants_states or (self.pooler is not None and self.config.pooling != "class")
+        first = FirstToken(hidden_states.shape[1]) if only_first and not uses_others else None
+        hidden_states = self.norm(self.layers(hidden_states, None, rotary=rotary, output_tokens=first, **kwargs))
         if first is not None:
             hidden_states = first.unpack(hidden_states)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(pool(hidden_states, self.config)))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-def pool(hidden_states, config: ZooViTConfig, pooling: str | None = None):
-    """One vector (B, D), or (B, 2 D) with pooling `both`, for the whole image. pooling: by default the config's."""
+def pool(hidden_states: torch.Tensor, config: ZooViTConfig, pooling: str | None = None) -> torch.Tensor:
+    """Returns one vector for the whole image, (B, D), or (B, 2 D) with pooling `both`.
+
+    Args:
+        hidden_states: (B, T, D).
+        pooling: as in `ZooViTConfig`. Default: the config's.
+    """
     pooling = pooling or config.pooling
     parts = [hidden_states[:, 0]] if pooling != "mean" else []
     if pooling != "class":
@@ -323,6 +337,7 @@ def pool(hidden_states, config: ZooViTConfig, pooling: str | None = None):
 
 
 def pooled_size(config: ZooViTConfig) -> int:
+    """Returns the size of the vector that `pool` returns."""
     return config.hidden_size * (2 if config.pooling == "both" else 1)
 
 
@@ -349,9 +364,10 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
         """
         Args:
             pixel_values: (B, C, H, W).
-            labels: as in `losses.classification_loss`; probabilities (B, num_labels) of the classes if
-                `config.problem_type` is "single_label_classification".
-            num_items_in_batch: what the summed loss is divided by; by default the number of images.
+            labels: as in `losses.classification_loss`. Probabilities (B, num_labels) of the classes need
+                `config.problem_type` "single_label_classification".
+            num_items_in_batch: divisor of the summed loss. Default: the number of images.
+            The other arguments are those of `ZooViTModel`.
         """
         kwargs["only_first"] = self.config.pooling == "class" and kwargs.get("only_first", True)
         outputs = self.vit(pixel_values, **kwargs)
@@ -365,14 +381,14 @@ class ZooViTForImageClassification(ZooViTPreTrainedModel):
 
 
 class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
-    """ViT as the backbone of a detector: the patches' states of some blocks, laid out as images."""
+    """ViT as the backbone of a detector: the patches' states after some blocks, as feature maps."""
 
     _auto_class = "AutoBackbone"
 
     def __init__(self, config: ZooViTConfig):
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
-        self.stride = config.patch_size  # pixels from one cell of a feature map to the next
+        self.stride = config.patch_side  # pixels of the image per cell of a feature map
         self.vit = ZooViTModel(config, add_pooling_layer=False)
         self.post_init()
 
@@ -380,11 +396,10 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> BackboneOutput:
         """
         Args:
-            pixel_values: (B, C, H, W), of any size: below and to the right, cells that stick out see zeros.
+            pixel_values: (B, C, H, W), of any size; they are padded with zeros at the right and the bottom.
 
         Returns:
-            `feature_maps`, one (B, D, H / p, W / p), rounded up, for each of `config.out_features`, normalised by the
-            last norm.
+            `feature_maps`, (B, D, ceil(H / p), ceil(W / p)) for each of `config.out_features`, after the last norm.
         """
         check_channels(pixel_values, self.config.num_channels)
         bottom, right = (-side % self.stride for side in pixel_values.shape[2:])
@@ -408,17 +423,17 @@ class ZooViTBackbone(BackboneMixin, ZooViTPreTrainedModel):
 
 
 class ResizePositions(ConversionOps):
-    """Learned positions of a checkpoint, interpolated where `image_size` asks for another grid; without the class
-    token's where `pooling` does, or with 0 for a class token that is new."""
+    """Fits the learned positions of a checkpoint to the config: interpolates them to the grid of `image_size`, and
+    removes the class token's position, or adds 0 for it, as `pooling` needs."""
 
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (found,) = input_dict.values()
         weight = found[0] if isinstance(found, list) else found
-        config = getattr(config, "backbone_config", None) or config  # of a detector, its ViT's
+        config = getattr(config, "backbone_config", None) or config  # a detector holds the ViT's config in its own
         old = tuple(config.position_grid)
         of_class, patches = weight.tensor_split([weight.shape[1] - math.prod(old)], dim=1)
         if of_class.shape[1] > 1 or patches.shape[1] < math.prod(old):
-            raise ValueError(f"{target_patterns[0]} has {weight.shape[1]} positions, which position_grid {old} is not")
+            raise ValueError(f"{target_patterns[0]} has {weight.shape[1]} positions, but position_grid is {old}")
         if config.pooling == "mean":
             of_class = of_class[:, :0]
         elif not of_class.shape[1]:
@@ -432,7 +447,7 @@ class ResizePositions(ConversionOps):
 
 
 class Unchanged(ConversionOps):
-    """What is saved of positions: as they are."""
+    """Saves positions as they are: the reverse of `ResizePositions`."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         (found,) = input_dict.values()
@@ -443,8 +458,8 @@ class Unchanged(ConversionOps):
         return Unchanged()
 
 
-# Stock ViT key names, both ways.
-VIT_RENAMINGS = [
+# Renames stock ViT keys in both directions.
+VIT_RENAMINGS: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(r"embeddings\.cls_token", r"tokens\.cls"),
     WeightRenaming(r"embeddings\.patch_embeddings\.projection\.", r"patch_embed\.projection\."),
     WeightRenaming(r"(?<!\w)encoder\.layer\.", r"(?<!decoder\.)(?<!\w)layers\."),

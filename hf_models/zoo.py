@@ -1,4 +1,4 @@
-"""The zoo: every named size, its paper, and the two functions that find and build them.
+"""The zoo: all named sizes with their papers, and the functions that list and build them.
 
 >>> from hf_models import create_model, list_models
 >>> list_models("gpt2*")
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .base import ZooConfig
 from .bert import ZooBertConfig, ZooBertForPreTraining
 from .detr import ZooDetrConfig, ZooDetrForObjectDetection
 from .gpt import ZooGPTConfig, ZooGPTForCausalLM
@@ -24,10 +25,10 @@ from .vit import ZooViTConfig, ZooViTForImageClassification
 
 
 class ZooEntry(NamedTuple):
-    """One named size: the class it builds by default, its config, and the paper that describes it."""
+    """A named size: the class that it builds by default, its config class and fields, and its paper."""
 
     model_class: type[PreTrainedModel]
-    config_class: type[PreTrainedConfig]
+    config_class: type[ZooConfig]
     options: dict
     paper: str
 
@@ -38,7 +39,7 @@ def _gpt(paper: str, layers: int, hidden: int, heads: int, **options) -> ZooEntr
 
 
 def _gpt3(layers: int, hidden: int, heads: int, head_dim: int) -> ZooEntry:
-    # Dense attention in every layer, where the paper alternates with a sparse pattern it does not publish.
+    # Every layer has dense attention; the paper alternates it with a sparse pattern that it does not publish.
     paper = "Brown et al. 2020, table 2.1"
     return _gpt(paper, layers, hidden, heads, head_dim=head_dim, max_position_embeddings=2048)
 
@@ -65,8 +66,7 @@ def _detr(paper: str, backbone: str, **options) -> ZooEntry:
     return ZooEntry(ZooDetrForObjectDetection, ZooDetrConfig, {"backbone": backbone, **options}, paper)
 
 
-# What small models learn fastest with here: rotary positions, normalised queries and keys, RMSNorm, squared ReLU,
-# blocks that start as the identity, and no biases.
+# The options with which small models learned fastest in our experiments.
 MODERN = {
     "position_embedding_type": "rotary",
     "norm": "rmsnorm",
@@ -98,8 +98,8 @@ VIT_SIZES = {
     "large": (VIT, 24, 1024, 16),
     "huge": (VIT, 32, 1280, 16),
 }
-# What small grey images are learnt fastest with here: positions that are as large as the patches' vectors from the
-# first step on.
+# The options with which models of small grey images learned fastest: positions that are as large as the vectors of the
+# patches from the first step on.
 STRONG_POSITIONS = {
     "num_channels": 1,
     "pooling": "mean",
@@ -108,7 +108,7 @@ STRONG_POSITIONS = {
     "residual_init": "scaled",
     "use_bias": False,
 }
-# What makes a detector learn in minutes, and from a few hundred images; `ZooDetrConfig` names each one's paper.
+# With these options a detector learns in minutes, from a few hundred images; `ZooDetrConfig` names their papers.
 QUICK = {
     "hidden_size": 128,
     "num_attention_heads": 4,
@@ -125,7 +125,7 @@ QUICK = {
     "query_selection": True,
     "num_denoising_groups": 5,
 }
-# Decoders of masked autoencoders for small images.
+# The decoder of masked autoencoders for small images.
 LIGHT = {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
 
 ZOO: dict[str, ZooEntry] = {
@@ -183,12 +183,12 @@ ZOO: dict[str, ZooEntry] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names in the zoo that match a shell pattern, sorted."""
+    """Returns the names in the zoo that match a shell pattern, sorted."""
     return sorted(name for name in ZOO if fnmatch(name, pattern))
 
 
 def find_entry(name: str) -> ZooEntry:
-    """The zoo's entry of that name; raises a `ValueError` naming the nearest ones if there is none."""
+    """Returns the entry with this name; raises a `ValueError` with the nearest names if there is none."""
     if name not in ZOO:
         nearest = difflib.get_close_matches(name, ZOO, n=3) or sorted(ZOO)
         raise ValueError(f"no model named {name!r} in the zoo; did you mean {' or '.join(nearest)}?")
@@ -196,7 +196,7 @@ def find_entry(name: str) -> ZooEntry:
 
 
 def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
-    """Raises a `ValueError` for a name that is no field of the config, with the nearest one that is."""
+    """Raises a `ValueError` with the nearest field for a name that is not a field of the config."""
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
     known = {name for name in known if not name.startswith("_")} | {"num_labels", "attn_implementation"}
     if issubclass(config_class, BackboneConfigMixin):
@@ -209,10 +209,14 @@ def check_fields(config_class: type[PreTrainedConfig], names: Iterable[str]):
 
 
 def create_config(name: str, **overrides) -> PreTrainedConfig:
-    """The config of a named size, with some fields changed.
+    """Makes the config of a named size.
+
+    Args:
+        name: one of `list_models()`.
+        **overrides: config fields to change.
 
     Raises:
-        ValueError: the zoo has no such name, or the config no such field.
+        ValueError: the zoo has no such name, or the config has no such field.
     """
     entry = find_entry(name)
     check_fields(entry.config_class, overrides)
@@ -220,17 +224,20 @@ def create_config(name: str, **overrides) -> PreTrainedConfig:
 
 
 def create_model(name: str, model_class: type[PreTrainedModel] | None = None, **overrides) -> PreTrainedModel:
-    """A freshly initialised model of a named size.
+    """Makes a model of a named size, with initial weights.
 
     Args:
         name: one of `list_models()`.
-        model_class: another head of the same family, such as `ZooGPTForSequenceClassification`.
+        model_class: another class of the same family, such as `ZooGPTForSequenceClassification`.
         **overrides: config fields to change.
+
+    Raises:
+        ValueError: as `create_config`.
     """
     return (model_class or find_entry(name).model_class)(create_config(name, **overrides))
 
 
 def count_parameters(name: str) -> int:
-    """Parameters of a named size, counted on a model without memory; a tied matrix counts once."""
+    """Counts the parameters of a named size, on a model without memory; a tied matrix counts once."""
     with torch.device("meta"):
         return create_model(name).num_parameters()

@@ -22,6 +22,7 @@ import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
 from hf_models import ZooBertForMaskedLM, ZooGPTForCausalLM, ZooViTForImageClassification  # noqa: E402
+from hf_models.base import TransformerConfig  # noqa: E402
 from tests.families import GPT_OPTIONS, TINY_MAE, TINY_TEXT, TINY_VIT, family_of  # noqa: E402
 
 
@@ -76,6 +77,18 @@ def make_model(randomise):
         return randomise(model_class(config)).eval()
 
     return make_model
+
+
+@pytest.fixture
+def make_layer(randomise):
+    """A randomised float64 layer: `make_layer(MultiHeadAttention, layer arguments, config field=value, ...)`."""
+
+    def make_layer(layer_class, *args, layer_kwargs=None, backend="eager", **fields):
+        sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 40}
+        config = TransformerConfig(**{**sizes, **fields}, attn_implementation=backend)
+        return randomise(layer_class(config, *args, **(layer_kwargs or {}))).double().eval()
+
+    return make_layer
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ TINY_MAE = {
 
 TINY_DETR = {
     **BLOCKS,
+    "num_encoder_layers": 2,
     "num_decoder_layers": 2,
     "intermediate_size": 64,
     "num_queries": 5,
@@ -217,7 +218,30 @@ CASES_OF_TEXT = {name: case for name, case in CASES.items() if family_of(case.mo
 WITH_A_HEAD = {
     name: case for name, case in CASES.items() if not case.model_class.__name__.endswith(("Model", "Backbone"))
 }
-ONE_GRAPH = {name: case for name, case in WITH_A_HEAD.items() if name in CASES_OF_ONE_STACK}  # DETR's loss needs a host
+
+# For what takes seconds a case, such as compilers and processes: every class with a head or with outputs of its own,
+# and main classes with every kind of block, norm, position and attention, each in one family at least. The classes
+# that end in "Model" are part of those.
+KINDS_OF_BLOCK = {
+    "gpt": ("gpt1", "grouped"),  # post-norm; RMSNorm, rotary positions, a gate, fewer key heads, an untied head
+    "bert": ("bert", "modern"),  # post-norm and segments; pre-norm, RMSNorm, normalised queries and keys
+    "vit": ("sinusoidal", "halves", "stem"),  # also every kind of pooling, LayerScale, positions in two dimensions
+    "vit_mae": ("mae", "modern"),
+    "detr": ("detr", "learned", "quick"),  # cross-attention; with boxes as queries, priors and denoising
+}
+EACH_BLOCK_ONCE = {
+    name: case
+    for name, case in CASES.items()
+    if not case.model_class.__name__.endswith("Model")
+    and (
+        name not in MAIN_CASES
+        or name.rpartition("-")[2] in KINDS_OF_BLOCK[case.model_class.config_class.model_type.removeprefix("zoo_")]
+    )
+}
+ONE_GRAPH = {  # DETR's loss needs a host
+    name: case for name, case in EACH_BLOCK_ONCE.items() if name in WITH_A_HEAD and name in CASES_OF_ONE_STACK
+}
+ONE_OF_EACH_CLASS = {case.model_class: name for name, case in reversed(CASES.items())}
 
 
 def inputs_for(model_class):

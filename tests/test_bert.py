@@ -739,6 +739,16 @@ def test_answering_does_not_change_the_mode(make_bert):
     assert model.training
 
 
+def test_class_weights_for_other_labels_than_the_checkpoint_has(make_bert, tmp_path):
+    make_bert(ZooBertForSequenceClassification, num_labels=2).save_pretrained(tmp_path)
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    model = ZooBertForSequenceClassification.from_pretrained(
+        tmp_path, class_weights=[1.0, 2.0, 3.0], ignore_mismatched_sizes=True, **names
+    )
+    assert model.config.num_labels == 3 and model.config.id2label == names["id2label"]
+    assert model.classifier.out_features == 3
+
+
 def test_class_weights_may_be_integers_but_not_of_numbers():
     assert ZooBertConfig(num_labels=2, class_weights=[1, 2]).class_weights == [1, 2]
     with pytest.raises(Exception, match="class_weights"):

@@ -197,8 +197,9 @@ def test_cells_are_where_their_pixels_are():
 
 
 def test_the_spatial_prior_is_a_gaussian_of_the_size_of_the_box():
-    prior = SpatialPrior(ZooDetrConfig(**{**TINY, "attn_implementation": None}))
-    prior.reset_parameters()
+    config = ZooDetrConfig(**{**TINY, "attn_implementation": None})
+    prior = SpatialPrior(config)
+    prior.initialise(config)
     cells = locate_cells(None, torch.zeros(1, 1, 48, 64), torch.zeros(1, 5, 6, 8), stride=8)
     found = prior(torch.tensor([[[0.4, 0.6, 0.2, 0.3]]]), cells)  # (1, heads, 1, cells)
     for head in range(4):

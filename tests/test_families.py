@@ -64,7 +64,7 @@ def test_every_family_of_the_zoo_is_tested():
         ({"residual_init": "ones"}, "residual_init"),
         ({"class_weights": [1.0, 2.0, 3.0], "num_labels": 2}, "class_weights .*(num_labels|no_object_weight)"),
         ({"hidden_size": "32"}, "hidden_size"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "num_(hidden|decoder)_layers"),
         ({"intermediate_size": 0}, "intermediate_size"),
         ({"head_dim": 0}, "head_dim"),
     ],
@@ -173,6 +173,18 @@ def test_exactly_one_kind_of_input_is_asked_for(make_model, case, tokens):
     for inputs in ({}, {"input_ids": tokens, "inputs_embeds": model.get_input_embeddings()(tokens)}):
         with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
             model(**inputs)
+
+
+@every_case
+def test_a_keyword_that_nobody_reads_is_refused(make_model, case):
+    """Swallowed, it would change the answer without an error, as a renamed cache did."""
+    model, inputs = make_model(case.model_class, **case.fields), inputs_for(case.model_class)
+    labels = labels_for(case.model_class, inputs) if case in WITH_A_HEAD.values() else {}
+    for given in (inputs, inputs | labels):
+        with pytest.raises(ValueError, match=r"'cached_keys'"):
+            model(**given, cached_keys=None)
+    with pytest.raises(ValueError, match=r"did you mean '?output_attentions"):
+        model(**inputs, output_attention=True)
 
 
 @every_family_of_text

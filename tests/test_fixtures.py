@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import hf_models
+from tests.fixtures.make_fixtures import generate
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "fixtures").glob("*/config.json"))
 
@@ -34,6 +35,11 @@ def test_an_old_checkpoint_computes_what_it_did(folder):
     outputs = model(**load_file(folder / "inputs.safetensors"))
     for name, expected in load_file(folder / "outputs.safetensors").items():
         assert_close(outputs[name], expected, rtol=1e-6, atol=1e-6)
+    assert (folder / "generated.safetensors").exists() == model.can_generate()
+    if model.can_generate():
+        generated = generate(model, load_file(folder / "inputs.safetensors"))
+        for name, expected in load_file(folder / "generated.safetensors").items():
+            assert torch.equal(generated[name], expected), name
 
 
 def test_a_fixture_is_small_enough_for_the_repository(folder):

@@ -1,6 +1,8 @@
 """ZooGPT where only GPT runs: generation, caches, continuous batching, its pipelines. The rest is test_runtimes.py."""
 
 import copy
+import itertools
+import warnings
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, pipeline
 
 from hf_models import ZooGPTForSequenceClassification
+from tests.families import FAMILIES
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -32,16 +35,44 @@ def test_reading_in_pieces_is_reading_at_once(make_gpt, options, backend, tokens
     for cache in (None, StaticCache(config=model.config, max_cache_len=16)):
         pieces = []
         for piece in tokens.split([5, 1, 1, 4, 1], dim=1):
-            outputs = model(piece, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(piece, cache=cache, use_cache=True)
+            cache = outputs.cache
             pieces.append(outputs.logits)
         assert_close(torch.cat(pieces, dim=1), expected, **SAME)
 
 
 def test_no_cache_is_returned_when_none_is_wanted(make_gpt, tokens):
-    assert make_gpt()(tokens, use_cache=False).past_key_values is None
-    assert make_gpt(use_cache=False)(tokens).past_key_values is None
-    assert make_gpt()(tokens).past_key_values.get_seq_length() == 12
+    assert make_gpt()(tokens, use_cache=False).cache is None
+    assert make_gpt(use_cache=False)(tokens).cache is None
+    assert make_gpt()(tokens).cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("model_class", FAMILIES["gpt"].auto_classes)
+def test_the_cache_has_both_of_its_names_on_every_version(make_gpt, model_class, tokens):
+    model = make_gpt(model_class, pad_token_id=0)
+    tokens = tokens.clamp(min=1)
+    expected = model(tokens)[0]
+    for given, read in itertools.product(("cache", "past_key_values"), repeat=2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            first = model(tokens[:, :7], use_cache=True)
+            cache = getattr(first, read)
+            assert cache.get_seq_length() == 7
+            outputs = model(tokens[:, 7:], **{given: cache}, use_cache=True)
+        assert getattr(outputs, read) is cache and cache.get_seq_length() == 12
+        assert_close(outputs[0], expected if expected.ndim == 2 else expected[:, 7:], **SAME)
+    with pytest.raises(ValueError, match="cache and past_key_values"):
+        model(tokens, cache=cache, past_key_values=cache)
+
+
+def test_no_warning_of_ours_on_any_version(make_gpt, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_gpt().generate(tokens, **GREEDY)
+        make_gpt().generate(tokens, num_beams=2, **GREEDY)
+        trained = make_gpt().train()
+        getattr(trained, "activation_checkpointing_enable", trained.gradient_checkpointing_enable)()
+        trained(tokens, labels=tokens).loss.backward()
 
 
 def test_beam_search_agrees_with_and_without_a_cache(make_gpt, options, tokens):
@@ -83,8 +114,8 @@ def test_continuous_batching_gives_the_tokens_of_generate(make_gpt, options, tok
     model = make_gpt(eos_token_id=63, **options)
     tokens = tokens.clamp(min=1)
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist(), tokens[2, :9].tolist()]
-    page_size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # in transformers 5.17
-    paging = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32, **{page_size: 16})
+    size_of_a_block = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"  # before 5.18
+    paging = ContinuousBatchingConfig(**{size_of_a_block: 16}, num_blocks=8, max_batch_tokens=32)
     settings = GenerationConfig(eos_token_id=63, pad_token_id=0, **GREEDY)
     expected = [
         model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()

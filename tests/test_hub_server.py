@@ -144,4 +144,4 @@ def test_bandwidth_is_what_a_client_gets(hub, api, tmp_path, way):
     hub.bandwidth = len(LARGE) / 0.3
     start = time.perf_counter()
     commit(api) if way == "in" else download(tmp_path)
-    assert 0.3 < time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start > 0.3

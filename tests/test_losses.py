@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from hf_models.base import TransformerConfig
-from hf_models.losses import classification_loss, cross_entropy, linear_cross_entropy
+from hf_models.losses import classification_loss, cross_entropy, head_loss, linear_cross_entropy
 
 
 def plain_cross_entropy(hidden_states, weight, targets):
@@ -96,11 +96,16 @@ def test_small_gradients_survive_float16(problem):
 
 
 def test_without_gradients_none_are_computed(problem, monkeypatch):
-    hidden_states, weight, targets = problem()
+    """Several slices: from the second on, `addmm_` adds to the weight's gradient."""
+    hidden_states, weight, targets = problem(1101, 16384)
     weight.requires_grad_()
-    monkeypatch.setattr(torch.Tensor, "addmm_", None)  # what gathers the weight's gradient
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *_: calls.append(1))
+    linear_cross_entropy(hidden_states, weight, targets)
+    assert len(calls) == 3  # so four slices
     with torch.no_grad():
         linear_cross_entropy(hidden_states, weight, targets)
+    assert len(calls) == 3
 
 
 def test_a_second_derivative_is_refused(problem):
@@ -121,6 +126,66 @@ def test_nothing_scored_is_a_loss_of_zero_and_gradients_of_zero(problem):
     loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states, weight, torch.full_like(targets, -100))
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients)  # and so not NaN
+
+
+# ----------------------------------------------------------------------------------------------- label smoothing
+
+ONE_SLICE, FOUR_SLICES = (40, 50), (1101, 16384)
+
+
+def smoothed(hidden_states, weight, targets, bias=None, ignore_index=-100):
+    options = {"label_smoothing": 0.1, "ignore_index": ignore_index}
+    return F.cross_entropy(F.linear(hidden_states, weight, bias), targets, **options)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("sizes", [ONE_SLICE, FOUR_SLICES], ids=["one slice", "four slices"])
+def test_label_smoothing_is_that_of_cross_entropy(problem, sizes, with_bias, ignore_index):
+    *given, targets = problem(*sizes)
+    targets = targets.where(targets >= 0, ignore_index)
+    given += [torch.linspace(-1, 1, sizes[1])] if with_bias else []
+    ours, theirs = ([one.to(dtype).requires_grad_() for one in given] for dtype in (torch.float32, torch.float64))
+    loss = linear_cross_entropy(
+        *ours[:2], targets, bias=ours[2] if with_bias else None, ignore_index=ignore_index, label_smoothing=0.1
+    )
+    expected = smoothed(*theirs[:2], targets, *theirs[2:], ignore_index=ignore_index)
+    assert_close(loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    assert (expected - F.cross_entropy(F.linear(*theirs), targets, ignore_index=ignore_index)).abs() > 1e-3
+    actual, expected = (torch.autograd.grad(one, inputs) for one, inputs in ((loss, ours), (expected, theirs)))
+    assert_close(actual, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [ONE_SLICE, FOUR_SLICES], ids=["one slice", "two slices"])
+def test_label_smoothing_in_bfloat16_is_nearly_that_of_cross_entropy(problem, sizes):
+    hidden_states, weight, targets = problem(*sizes)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, label_smoothing=0.1)
+    expected = loss_and_gradients(smoothed, hidden_states, weight, targets)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("way", ["plain head", "hooked head", "given logits"])
+@pytest.mark.parametrize("sizes", [ONE_SLICE, FOUR_SLICES], ids=["one slice", "four slices"])
+def test_the_loss_of_a_head_smooths_labels_whichever_way_it_is_computed(problem, sizes, way):
+    """Where a hook may change the head's output, the head is called."""
+    hidden_states, weight, targets = problem(*sizes)
+    head = torch.nn.Linear(*reversed(weight.shape))
+    torch.nn.init.normal_(head.weight), torch.nn.init.normal_(head.bias)
+    calls, hidden_states = [], hidden_states.requires_grad_()
+    if way == "hooked head":
+        head.register_forward_hook(lambda _, __, logits: calls.append(1) or logits + 1)
+    given = {"logits": head(hidden_states)} if way == "given logits" else {}
+    inputs = [hidden_states, *head.parameters()]
+    rows = (hidden_states[None], targets[None])
+    loss = head_loss(head, *rows, num_items=900, label_smoothing=0.1, **given)
+    logits = F.linear(hidden_states.double(), head.weight.double(), head.bias.double())
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum") / 900  # adding 1 changes nothing
+    assert_close(loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    actual, expected = (torch.autograd.grad(one, inputs) for one in (loss, expected))
+    assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert len(calls) == (way == "hooked head")
 
 
 @pytest.mark.parametrize("frozen", ["hidden_states", "weight"])

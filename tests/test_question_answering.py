@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_models import ZooBertConfig, ZooBertForQuestionAnswering
 from hf_models.question_answering import answer_question, best_answers, question_windows
-from training.documents import Corpus, Documents
-from training.tokenizer import make_tokenizer
+from training.data.documents import Corpus, Documents
+from training.text.tokenizer import make_tokenizer
 
 WORDS = [f"w{number}" for number in range(40)]
 CONTEXT = " ".join(WORDS)

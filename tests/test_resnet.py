@@ -258,7 +258,7 @@ def test_the_default_of_a_stock_config_is_resnet50():
     ids=str,
 )
 def test_a_stock_config_of_none_of_ours_is_refused(option, value):
-    with pytest.raises(ValueError, match=rf"no ResNet here.*{option}.*resnet101"):
+    with pytest.raises(ValueError, match=rf"no ResNet of this package.*{option}.*resnet101"):
         find_resnet({option: value})
 
 

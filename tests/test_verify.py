@@ -24,7 +24,7 @@ from hf_models.verify import check_checksums, write_checksums
 from tests.families import CASES, family_of
 from tests.finished_run import RESULTS
 from tests.hub_server import Fault
-from training.publish import push
+from training.hub.publish import push
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -44,8 +44,8 @@ def checkpoint(tmp_path, canary):
     def make(family="zoo_gpt", shards=False):
         folder = tmp_path / f"{family}-{shards}"
         shutil.copytree(FIXTURES / family, folder)
-        for name in ("inputs", "outputs"):
-            (folder / f"{name}.safetensors").unlink()
+        for name in ("inputs", "outputs", "generated"):
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
         if shards:
             hf_models_class(folder).from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
             (folder / WEIGHTS).unlink()

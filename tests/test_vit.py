@@ -14,15 +14,15 @@ from torch.testing import assert_close
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     ViTImageProcessor,
     pipeline,
     set_seed,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_models import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel, __version__
-from hf_models.layers import sinusoidal_encoding_2d
+from hf_models.positions import sinusoidal_encoding_2d
 from tests.families import VIT_OPTIONS, gradients
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
@@ -436,7 +436,7 @@ def test_the_projection_of_patches_can_be_adapted(make_vit, images):
 
 @pytest.fixture
 def saved(make_vit, tmp_path):
-    """A classifier saved with its image processor: the model and its folder."""
+    """A classifier saved with a stock image processor: the model and its folder."""
     model = make_vit(id2label={0: "cat", 1: "dog", 2: "owl"})
     model.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
@@ -449,7 +449,7 @@ def pictures():
     return [Image.fromarray(one) for one in noise]
 
 
-def test_the_image_processor_is_the_stock_one(saved, pictures, tmp_path):
+def test_a_stock_image_processor_serves_too(saved, pictures, tmp_path):
     _, folder = saved
     processor = AutoImageProcessor.from_pretrained(folder)
     assert type(processor).__name__.startswith("ViTImageProcessor")

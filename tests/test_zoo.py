@@ -22,6 +22,7 @@ from hf_models import (
     list_models,
 )
 from hf_models.__main__ import main
+from hf_models.base import TESTED_TRANSFORMERS, ZOO_VERSION
 from hf_models.zoo import ZOO, count_parameters
 
 # Name -> parameters as the paper prints them, and how far off that figure is allowed to be. Where ours differs by
@@ -235,11 +236,12 @@ def test_an_unknown_field_names_the_nearest():
         create_model("gpt-tiny", num_hiden_layers=3)
 
 
-def test_the_command_line_lists_name_parameters_and_paper():
+def test_the_command_line_lists_name_parameters_and_paper_and_the_tested_versions():
     command = [sys.executable, "-m", "hf_models", "gpt2-*"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 5
+    *lines, empty, versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 5 and not empty
     assert "124,439,808" in lines[3] and "Radford et al. 2019" in lines[3] and lines[3].startswith("gpt2-small")
+    assert versions.startswith(f"hf_models {ZOO_VERSION}, tested with transformers {TESTED_TRANSFORMERS[0]}, ")
 
 
 def test_the_command_line_says_when_nothing_matches():

@@ -1,12 +1,11 @@
-"""From plain arrays to pictures. Each function returns a matplotlib Figure; `figure.savefig(path)` keeps it.
+"""Draws pictures of plain arrays. Each function returns a matplotlib Figure; `figure.savefig(path)` keeps it.
 
-Colours are a single hue from light to dark, or viridis and inferno, whose lightness only ever rises: they read the same
-in print and for every kind of colour vision; what has no order, such as classes, has the colours of Okabe and Ito, made
-for that. Images are (H, W, C) with values from 0 to 1; three channels are shown in colour, any other number as their
-mean, in grey. Boxes are left, top, right and bottom as parts of the image.
+Colours are one hue from light to dark, or viridis and inferno, whose lightness only rises, so that they read the same
+in print and for every kind of colour vision. Classes, which have no order, have the colours of Okabe and Ito, which
+everyone can tell apart. Images are (H, W, C) with values from 0 to 1; three channels are shown in colour, and any other
+number as their mean in grey. Boxes are left, top, right and bottom as fractions of the image.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +15,23 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 from matplotlib.patches import Rectangle
 
+from training.run.log import read_metrics
+
 GREY_TEXT = "0.35"
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def curves(metrics_file: str | Path) -> Figure:
-    """The course of a run: training loss (raw and smoothed) and evaluation loss, accuracy or average precision if
-    there is one, and the learning rate below.
+    """Draws the losses of a run, its accuracy or average precision if there is one, and its learning rate.
 
-    metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss", "eval_accuracy", "eval_map".
-    A torn last line, left by a run that was killed while writing, is passed over. Raises ValueError if no line has a
-    loss.
+    Args:
+        metrics_file: JSON lines with "step" and any of "loss", "learning_rate", "eval_loss", "eval_accuracy",
+            "eval_map". A torn last line, left by a run that was killed while writing, is ignored.
+
+    Raises:
+        ValueError: no line has a loss.
     """
-    lines = _read_lines(Path(metrics_file))
+    lines = read_metrics(metrics_file)
     score = "eval_map" if any("eval_map" in line for line in lines) else "eval_accuracy"
     names = ("loss", "learning_rate", "eval_loss", score)
     losses, rates, evaluations, scores = (_series(lines, key) for key in names)
@@ -45,7 +48,7 @@ def curves(metrics_file: str | Path) -> Figure:
     for axes, (steps, values) in zip((upper, *middle), (evaluations, scores), strict=False):
         if steps:
             axes.plot(steps, values, color="tab:orange", marker="o", markersize=4, linewidth=1.2, label="evaluation")
-            # On the side away from the curve of the training loss.
+            # The number is on the side away from the curve of the training loss.
             below = axes is upper and bool(losses[0]) and values[-1] < losses[1][-1]
             offset = (0, -14 if below else 7)
             axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), offset, textcoords="offset points", ha="center")
@@ -68,10 +71,13 @@ def curves(metrics_file: str | Path) -> Figure:
 
 
 def confusion_matrix(counts: np.ndarray, label_names: list[str]) -> Figure:
-    """Which class (row) was taken for which (column). Shades are fractions of a row, so that rare classes count as
-    much as frequent ones; the numbers are counts, left out where there are more than 30 classes.
+    """Draws which class (row) was taken for which (column).
 
-    counts: (C, C) whole numbers, [true class, predicted class].
+    Shades are fractions of a row, so that rare classes count as much as frequent ones. The numbers are counts; they are
+    left out if there are more than 30 classes.
+
+    Args:
+        counts: (C, C) whole numbers, [true class, predicted class].
     """
     counts = np.asarray(counts)
     if counts.shape != (len(label_names), len(label_names)):
@@ -82,12 +88,12 @@ def confusion_matrix(counts: np.ndarray, label_names: list[str]) -> Figure:
     longest = min(max(map(len, label_names)), 24) * 0.075
     figure = Figure(figsize=(size + longest + 0.7, size + longest + 0.9), dpi=150, layout="constrained")
     axes = figure.subplots()
-    # Errors are few next to what is right: under a square root they still show.
+    # Errors are few compared to right answers; under a square root they still show.
     axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     axes.set_title(f"{np.trace(counts) / max(totals.sum(), 1):.2%} of {totals.sum():,} are right", fontsize=10)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    ticks = np.arange(0, num_labels, -(-num_labels // 60))  # of very many classes only some are named
+    ticks = np.arange(0, num_labels, -(-num_labels // 60))  # at most 60 classes are named
     names = [_shorten(label_names[tick]) for tick in ticks]
     rotation = 0 if max(map(len, names)) <= 3 else 90
     axes.set_xticks(ticks, names, rotation=rotation, fontsize=8, parse_math=False)
@@ -105,11 +111,14 @@ def confusion_matrix(counts: np.ndarray, label_names: list[str]) -> Figure:
 
 
 def image_attention(images: np.ndarray, rollout: np.ndarray, heads: np.ndarray) -> Figure:
-    """For each image what a model attends to: attention rollout, and the heads of one layer, as light on the image.
+    """Draws what a model attends to in each image, as light on it: attention rollout, and the heads of one layer.
 
     Every map has a scale of its own, from its least to its greatest value.
 
-    images: (B, H, W, C); rollout: (B, rows, columns), heads: (B, N, rows, columns), over the patches.
+    Args:
+        images: (B, H, W, C).
+        rollout: (B, rows, columns), over the patches.
+        heads: (B, N, rows, columns), over the patches.
     """
     num_heads, (height, width) = heads.shape[1], images.shape[1:3]
     lines = 1 if num_heads <= 4 else 2 if num_heads <= 16 else 3
@@ -117,7 +126,7 @@ def image_attention(images: np.ndarray, rollout: np.ndarray, heads: np.ndarray) 
     cell = 1.9 if lines == 1 else 1.15  # inches of the longer side
     cell_width, cell_height = cell * width / max(height, width), cell * height / max(height, width)
     gap, title = 0.06, 0.22
-    wraps = lines > 1  # then every block needs its titles
+    wraps = lines > 1  # then every image needs titles
     step = cell_height + title * wraps
     big_height = (lines - 1) * step + cell_height
     big_width = big_height * width / height
@@ -126,20 +135,21 @@ def image_attention(images: np.ndarray, rollout: np.ndarray, heads: np.ndarray) 
     figure = Figure(figsize=(left + columns * (cell_width + gap), title + len(images) * block), dpi=150)
     for number, (image, whole, maps) in enumerate(zip(images, rollout, heads, strict=True)):
         top, is_titled = title + number * block, wraps or number == 0
-        _show(_place(figure, gap, top, big_width, big_height, "image" * is_titled), image)
-        place = (gap + big_width + gap, top, big_width, big_height)
-        _show_map(_place(figure, *place, "rollout of all layers" * is_titled), image, whole)
+        _show(_add_axes(figure, gap, top, big_width, big_height, "image" * is_titled), image)
+        frame = (gap + big_width + gap, top, big_width, big_height)
+        _show_map(_add_axes(figure, *frame, "rollout of all layers" * is_titled), image, whole)
         for head, map in enumerate(maps):
             line, column = divmod(head, columns)
-            place = (left + column * (cell_width + gap), top + line * step, cell_width, cell_height)
-            _show_map(_place(figure, *place, f"head {head + 1}" * is_titled), image, map)
+            frame = (left + column * (cell_width + gap), top + line * step, cell_width, cell_height)
+            _show_map(_add_axes(figure, *frame, f"head {head + 1}" * is_titled), image, map)
     return figure
 
 
 def reconstruction_triples(images: np.ndarray, visible: np.ndarray, reconstructed: np.ndarray) -> Figure:
-    """Each image, the part of it that was visible, and the whole that a model made of it (He et al. 2022, figure 2).
+    """Draws each image, its visible part, and the image that a model made of that (He et al. 2022, figure 2).
 
-    images, visible, reconstructed: (B, H, W, C); NaN where nothing is visible.
+    Args:
+        images, visible, reconstructed: (B, H, W, C); NaN where nothing is visible.
     """
     height, width = images.shape[1:3]
     across = min(2, len(images))  # triples side by side
@@ -150,20 +160,23 @@ def reconstruction_triples(images: np.ndarray, visible: np.ndarray, reconstructe
     size = (across * triple + (across - 1) * margin + 2 * gap, title + lines * (cell_height + gap))
     figure = Figure(figsize=size, dpi=150)
     for number, parts in enumerate(zip(images, visible, reconstructed, strict=True)):
-        line, place = divmod(number, across)
+        line, block = divmod(number, across)
         for column, (part, name) in enumerate(zip(parts, ("image", "visible", "reconstructed"), strict=True)):
-            left = gap + place * (triple + margin) + column * (cell_width + gap)
+            left = gap + block * (triple + margin) + column * (cell_width + gap)
             top = title + line * (cell_height + gap)
-            axes = _place(figure, left, top, cell_width, cell_height, "" if line else name)
+            axes = _add_axes(figure, left, top, cell_width, cell_height, "" if line else name)
             _show(axes, part)
     return figure
 
 
 def similarity_of_positions(vectors: np.ndarray) -> Figure:
-    """Cosine similarity of each patch's position vector to all others (Dosovitskiy et al. 2021, figure 7, centre).
+    """Draws the cosine similarity of each patch's position to all others (Dosovitskiy et al. 2021, figure 7, centre).
 
-    vectors: (rows, columns, D). The tile in row r and column c compares the patch at (r, c) with the whole grid. Of a
-    grid with more than 14 rows or columns only as many tiles are shown, evenly spread.
+    The tile in row r and column c compares the patch at (r, c) with the whole grid. If the grid has more than 14 rows
+    or columns, 14 of them are shown, evenly spread.
+
+    Args:
+        vectors: (rows, columns, D).
     """
     rows, columns = vectors.shape[:2]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
@@ -180,7 +193,7 @@ def similarity_of_positions(vectors: np.ndarray) -> Figure:
     height, width = (5.2 * side / max(board.shape) for side in board.shape)
     left, top, bar = 0.55, 0.1, 0.9
     figure = Figure(figsize=(left + width + bar, top + height + 0.45), dpi=150)
-    axes = _place(figure, left, top, width, height)
+    axes = _add_axes(figure, left, top, width, height)
     picture = axes.imshow(board, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     axes.set_yticks(np.arange(tall) * (rows + space) + (rows - 1) / 2, chosen[0] + 1)
     axes.set_xticks(np.arange(wide) * (columns + space) + (columns - 1) / 2, chosen[1] + 1)
@@ -192,10 +205,13 @@ def similarity_of_positions(vectors: np.ndarray) -> Figure:
 
 
 def principal_filters(weight: np.ndarray, num_filters: int = 28) -> Figure:
-    """The first principal components of the filters of a first layer (Dosovitskiy et al. 2021, figure 7, left): what
-    kinds of patches it tells apart, the greatest differences first. Each is scaled to the full range, 0 in the middle.
+    """Draws the first principal components of the filters of a first layer (Dosovitskiy et al. 2021, figure 7, left).
 
-    weight: (D, C, height, width), as a convolution has it.
+    They show which patches the layer tells apart, the greatest differences first. Each is scaled to the full range,
+    with 0 in the middle.
+
+    Args:
+        weight: (D, C, height, width), as a convolution has it.
     """
     filters = weight.reshape(len(weight), -1)
     _, sizes, components = np.linalg.svd(filters - filters.mean(axis=0), full_matrices=False)
@@ -209,7 +225,7 @@ def principal_filters(weight: np.ndarray, num_filters: int = 28) -> Figure:
     figure = Figure(figsize=(columns * (cell + gap) + gap, lines * (cell + gap) + gap), dpi=150)
     for number, component in enumerate(components):
         line, column = divmod(number, columns)
-        axes = _place(figure, gap + column * (cell + gap), gap + line * (cell + gap), cell, cell)
+        axes = _add_axes(figure, gap + column * (cell + gap), gap + line * (cell + gap), cell, cell)
         component = component if component.shape[-1] == 3 else component.mean(axis=-1, keepdims=True)
         _show(axes, 0.5 + 0.5 * component / max(np.abs(component).max(), 1e-12))
     return figure
@@ -218,9 +234,10 @@ def principal_filters(weight: np.ndarray, num_filters: int = 28) -> Figure:
 def detections(
     images: Sequence[np.ndarray], found: Sequence[dict], label_names: Sequence[str], true: Sequence[dict] | None = None
 ) -> Figure:
-    """What was found in each image, at the right of what there is to find where that is known.
+    """Draws the boxes found in each image, to the right of the true boxes if these are given.
 
-    found, true: for each image `boxes` (n, 4), `labels` (n,), class ids, and of what was found `scores` (n,).
+    Args:
+        found, true: for each image `boxes` (n, 4) and `labels` (n,), class ids; for found boxes also `scores` (n,).
     """
     kinds = [("found", found)] if true is None else [("true", true), ("found", found)]
     across = min(len(images), 3 if true is None else 2)  # images side by side
@@ -231,20 +248,23 @@ def detections(
     step = len(kinds) * (cell + gap) + margin
     figure = Figure(figsize=(across * step - margin + gap, tops[-1]), dpi=150)
     for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        line, place = divmod(number, across)
+        line, block = divmod(number, across)
         for column, (name, objects) in enumerate(kinds):
-            left = gap + place * step + column * (cell + gap)
-            axes = _place(figure, left, tops[line], *size, "" if line else name)
+            left = gap + block * step + column * (cell + gap)
+            axes = _add_axes(figure, left, tops[line], *size, "" if line else name)
             _show(axes, image)
             _outline(axes, image, **objects[number], label_names=label_names)
     return figure
 
 
 def query_slots(boxes: np.ndarray) -> Figure:
-    """Where each query of a DETR looks (Carion et al. 2020, figure 7): the middles of the boxes that it predicts, one
-    panel a query, all images drawn as squares. Of more than 100 queries only some are shown, evenly spread.
+    """Draws where each query of a DETR looks (Carion et al. 2020, figure 7).
 
-    boxes: (B, Q, 4), NaN where a query has none.
+    Each query has a panel with the centres of its boxes, in which all images are squares. Of more than 100 queries 100
+    are shown, evenly spread.
+
+    Args:
+        boxes: (B, Q, 4), NaN where a query has no box.
     """
     chosen = np.unique(np.linspace(0, boxes.shape[1] - 1, min(boxes.shape[1], 100)).round().astype(int))
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
@@ -262,7 +282,7 @@ def query_slots(boxes: np.ndarray) -> Figure:
     point = float(np.clip(300 / len(boxes), 0.3, 12))
     for number, query in enumerate(chosen):
         line, column = divmod(number, columns)
-        axes = _place(figure, gap + column * (cell + gap), title + line * (cell + gap), cell, cell)
+        axes = _add_axes(figure, gap + column * (cell + gap), title + line * (cell + gap), cell, cell)
         axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
         axes.set(xlim=(0, 1), ylim=(1, 0))
         for color, (name, is_kind) in zip(("#009e73", "#d55e00", "#0072b2"), kinds.items(), strict=True):
@@ -276,10 +296,14 @@ def query_slots(boxes: np.ndarray) -> Figure:
 def box_attention(
     image: np.ndarray, found: dict, maps: np.ndarray, label_names: Sequence[str], reach: Sequence[float] = (1, 1)
 ) -> Figure:
-    """What a decoder looks at for each box (Carion et al. 2020, figure 6), as light on the image, behind the image with
-    all boxes. Every map has a scale of its own, from its least to its greatest value.
+    """Draws an image with all boxes, and then what a decoder looks at for each box (Carion et al. 2020, figure 6).
 
-    found: as for `detections`; maps: (n, rows, columns); reach: height and width of a map as parts of the image's.
+    Every map has a scale of its own, from its least to its greatest value.
+
+    Args:
+        found: as for `detections`.
+        maps: (n, rows, columns).
+        reach: height and width of a map as fractions of the image's.
     """
     width, height = _fit(image, 2.3)
     columns = min(4, 1 + len(maps))
@@ -288,30 +312,31 @@ def box_attention(
     figure = Figure(figsize=size, dpi=150)
     for number, map in enumerate([None, *maps]):
         line, column = divmod(number, columns)
-        place = (gap + column * (width + gap), title + line * (height + title), width, height)
+        frame = (gap + column * (width + gap), title + line * (height + title), width, height)
         if map is None:
-            axes = _place(figure, *place)
+            axes = _add_axes(figure, *frame)
             _show(axes, image)
             _outline(axes, image, **found, label_names=label_names)
         else:
             box, label, score = (found[name][number - 1] for name in ("boxes", "labels", "scores"))
-            axes = _place(figure, *place, _shorten(label_names[label], 16) + f" {score:.0%}")
+            axes = _add_axes(figure, *frame, _shorten(label_names[label], 16) + f" {score:.0%}")
             _show_map(axes, image, map, reach)
             _outline(axes, image, [box], [label])
     return figure
 
 
 def token_attention_overview(attentions: np.ndarray) -> Figure:
-    """Every head of every layer as a small map of which token (row) looks at which (column).
+    """Draws every head of every layer as a small map of which token (row) looks at which (column).
 
-    attentions: (L, N, T, T), the weights of a row adding up to 1.
+    Args:
+        attentions: (L, N, T, T); the weights of a row add up to 1.
     """
     num_layers, num_heads = attentions.shape[:2]
     step = float(np.clip(9 / max(num_layers, num_heads), 0.6, 1.5))
     cell, margin, bar = step - 0.06, 0.3, 0.75
     figure = Figure(figsize=(margin + num_heads * step + bar, margin + max(num_layers * step, 1.5)), dpi=150)
     for layer, head in np.ndindex(num_layers, num_heads):
-        axes = _place(figure, margin + head * step, margin + layer * step, cell, cell)
+        axes = _add_axes(figure, margin + head * step, margin + layer * step, cell, cell)
         picture = _show_weights(axes, attentions[layer, head])
         if layer == 0:
             axes.set_title(f"head {head + 1}" if step > 0.7 else f"{head + 1}", fontsize=8, pad=3)
@@ -322,9 +347,10 @@ def token_attention_overview(attentions: np.ndarray) -> Figure:
 
 
 def token_attention_heads(attention: np.ndarray, tokens: list[str]) -> Figure:
-    """The heads of one layer, token by token: how much each token (row) takes from each (column).
+    """Draws the heads of one layer with the tokens' names: how much each token (row) takes from each (column).
 
-    attention: (N, T, T), the weights of a row adding up to 1.
+    Args:
+        attention: (N, T, T); the weights of a row add up to 1.
     """
     num_heads, num_tokens = attention.shape[:2]
     columns = min(num_heads, 4 if num_tokens <= 16 else 3)
@@ -334,7 +360,7 @@ def token_attention_heads(attention: np.ndarray, tokens: list[str]) -> Figure:
     figure = Figure(figsize=(label + columns * (cell + gap) + bar, label + lines * (cell + title)), dpi=150)
     for head, weights in enumerate(attention):
         line, column = divmod(head, columns)
-        axes = _place(figure, label + column * (cell + gap), label + line * (cell + title), cell, cell)
+        axes = _add_axes(figure, label + column * (cell + gap), label + line * (cell + title), cell, cell)
         picture = _show_weights(axes, weights)
         axes.set_xlabel(f"head {head + 1}", fontsize=8, color=GREY_TEXT, labelpad=3)
         if column == 0:
@@ -349,8 +375,8 @@ def token_attention_heads(attention: np.ndarray, tokens: list[str]) -> Figure:
 # -------------------------------------------------------------------------------------------------------- parts
 
 
-def _place(figure: Figure, left: float, top: float, width: float, height: float, title: str = ""):
-    """Axes for a picture, in inches from the top left of the figure: layouts of matplotlib leave gaps that differ."""
+def _add_axes(figure: Figure, left: float, top: float, width: float, height: float, title: str = ""):
+    """Adds axes for a picture, in inches from the top left of the figure; matplotlib's layouts leave uneven gaps."""
     whole_width, whole_height = figure.get_size_inches()
     bottom = whole_height - top - height
     axes = figure.add_axes(
@@ -362,47 +388,48 @@ def _place(figure: Figure, left: float, top: float, width: float, height: float,
 
 
 def _fit(image: np.ndarray, side: float) -> tuple[float, float]:
-    """Width and height of the image, its longer side as given; a line of pixels is made thick enough to see."""
+    """Width and height at which the longer side of an image is `side`; a thin image is made thick enough to see."""
     height, width = image.shape[:2]
     return tuple(side * max(length / max(height, width), 0.02) for length in (width, height))
 
 
 def _outline(axes, image: np.ndarray, boxes, labels, scores=None, label_names: Sequence[str] | None = None):
-    """Boxes over an image, the colour by class; with their names, and scores, where these are given."""
+    """Draws boxes over an image, coloured by class, with names and scores if these are given."""
     height, width = image.shape[:2]
     for number, ((left, top, right, bottom), label) in enumerate(zip(boxes, labels, strict=True)):
-        color, place = COLORS[label % len(COLORS)], (left * width - 0.5, top * height - 0.5)
+        color, corner = COLORS[label % len(COLORS)], (left * width - 0.5, top * height - 0.5)
         across, down = (right - left) * width, (bottom - top) * height
-        axes.add_patch(Rectangle(place, across, down, fill=False, edgecolor=color, linewidth=1.2))
+        axes.add_patch(Rectangle(corner, across, down, fill=False, edgecolor=color, linewidth=1.2))
         if label_names is not None:
             name = _shorten(label_names[label], 16) + ("" if scores is None else f" {scores[number]:.0%}")
             frame = {"boxstyle": "square,pad=0.1", "facecolor": color, "edgecolor": "none"}
             style = {"fontsize": 5, "color": "white", "va": "top", "clip_on": True, "parse_math": False}
-            axes.text(max(place[0], -0.5), max(place[1], -0.5), name, bbox=frame, **style)
+            axes.text(max(corner[0], -0.5), max(corner[1], -0.5), name, bbox=frame, **style)
 
 
 def _show(axes, image: np.ndarray):
-    """An image (H, W, C) with values from 0 to 1, in grey where it is NaN."""
+    """Draws an image (H, W, C) with values from 0 to 1, grey where it is NaN."""
     if image.shape[-1] != 3:
         image = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     axes.imshow(np.clip(np.where(np.isnan(image), 0.6, image), 0, 1), aspect="auto")
 
 
 def _show_map(axes, image: np.ndarray, map: np.ndarray, reach: Sequence[float] = (1, 1)):
-    """A map (rows, columns) as colour over the image, which stays visible in grey.
+    """Draws a map (rows, columns) in colour over the image, which stays visible in grey.
 
-    reach: height and width of the map as parts of the image's, which it may go beyond.
+    Args:
+        reach: height and width of the map as fractions of the image's; they may be above 1.
     """
     height, width = image.shape[:2]
     axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1, aspect="auto")
     extent = (-0.5, width * reach[1] - 0.5, height * reach[0] - 0.5, -0.5)
-    # matplotlib's "bicubic" would lower a peak of one patch; "hermite" is as smooth and goes through every value.
+    # "bicubic" would lower the peak of a single patch; "hermite" is as smooth and keeps every value.
     axes.imshow(map, cmap="inferno", alpha=0.65, extent=extent, interpolation="hermite", aspect="auto")
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def _show_weights(axes, weights: np.ndarray):
-    """Weights (T, T) from white for 0 to dark for 1; by their square root, so that what is small still shows."""
+    """Draws weights (T, T), white for 0 and dark for 1, by their square root, so that small weights still show."""
     axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
     axes.tick_params(length=0, pad=2)
     return axes.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
@@ -411,7 +438,7 @@ def _show_weights(axes, weights: np.ndarray):
 def _color_bar(
     figure: Figure, picture, left: float, top: float, height: float, label: str = "attention", ticks=(0, 0.1, 0.5, 1)
 ):
-    bar = figure.colorbar(picture, cax=_place(figure, left, top, 0.1, height), ticks=ticks)
+    bar = figure.colorbar(picture, cax=_add_axes(figure, left, top, 0.1, height), ticks=ticks)
     bar.outline.set_visible(False)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8, length=2)
@@ -421,27 +448,15 @@ def _shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _read_lines(path: Path) -> list[dict]:
-    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if text.strip()]
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    return lines
-
-
 def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """The steps that have `key`, in order, and its values. A step that was repeated after a resume counts once."""
+    """The steps that have `key`, in order, and its values. The last value counts for a step repeated by a resume."""
     series = {line["step"]: line[key] for line in lines if key in line}
     steps = sorted(series)
     return steps, [series[step] for step in steps]
 
 
 def _smooth(values: list[float]) -> np.ndarray:
-    """The mean over a twentieth of the course around each point (fewer at the ends), so the curve does not lag."""
+    """Averages over a twentieth of the curve around each point, over less at its ends, so that it does not lag."""
     index = np.arange(len(values))
     half = np.minimum(np.minimum(index, index[::-1]), len(values) // 40)
     totals = np.concatenate([[0.0], np.cumsum(values)])

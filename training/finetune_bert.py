@@ -10,25 +10,28 @@ tells paraphrases apart. `--task` is one of
     tag         words and a tag for each: entities
     qa          a question and the part of a context that answers it
 
-`--data` takes a .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them; GLUE's names (cola, sst2, mrpc, stsb,
-qqp, mnli, mnli-mm, qnli, rte, wnli), squad, squad_v2, conll2003; any other data set of the Hub; by default docstrings
-of the standard library, to classify by the package they are from. `--model` takes a checkpoint of ours or a stock BERT,
-for the first three tasks a GPT (ours or GPT-2) too, or a name of the zoo to start from nothing.
+`--data` takes a .csv, .tsv, .json, .jsonl or .parquet file, or a folder of these; a name of GLUE (cola, sst2, mrpc,
+stsb, qqp, mnli, mnli-mm, qnli, rte, wnli), squad, squad_v2 or conll2003; or any other data set of the Hub. The default
+is docstrings of the standard library, to classify by their package. `--model` takes a BERT, ours or stock; for the
+first three tasks also a GPT, ours or GPT-2; or a name of the zoo, to start from fresh weights.
 """
 
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.classification import Task
-from training.labelled import LabelledRows, Validation, weigh_classes
-from training.loop import identify, open_run, train
-from training.results import finish
-from training.task_models import create_task_model, create_tokenizer
-from training.tasks import read_task
-from training.tokenizer import tokenizer_fingerprint
+from training.hub.finish import finish
+from training.models import describe
+from training.run.arguments import RunArguments, option, split_names, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
+from training.tasks.batches import TaskBatches, weigh_classes
+from training.tasks.models import create_task_model, create_tokenizer
+from training.tasks.read import read_task
+from training.tasks.task import Task
+from training.tasks.validation import TaskValidation
+from training.text.tokenizer import tokenizer_fingerprint
 
 USUAL = {  # Devlin et al. 2019, appendix A.3
     "model": "google-bert/bert-base-uncased",
@@ -52,13 +55,15 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     class_weights: str | None = option(None, "'balanced', or how much each class counts: '1,4'", "task")
     unanswerable: bool = option(False, "qa: some questions have no answer, as in SQuAD v2", "task")
     stride: int | None = option(None, "qa: tokens that windows share; None: a third of max_length", "task")
-    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task")
+    max_answer_tokens: int = option(30, "qa: longest answer that is looked for", "task", at_least=1)
     null_threshold: float | None = option(
         None, "qa: how far 'no answer' has to score above the best span to be the answer; None: 0", "task"
     )
     # As Devlin et al. warm up (run_classifier.py, warmup_proportion).
-    warmup_steps: int | None = option(None, "steps of linear warm-up; None: a tenth of all steps", "optimization")
-    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task")
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up; None: a tenth of all steps", "optimization", at_least=0
+    )
+    epochs: float | None = option(None, "passes over the training data, in place of max_steps", "task", above=0)
     monitor: str | None = option(
         None, "measure that decides which weights are best; None: the data set's or the task's usual one", "task"
     )
@@ -68,24 +73,20 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
     )
     vocab_size: int = option(8192, "most tokens of a tokenizer made from the data", "model")
     max_length: int | None = option(None, "longest text in tokens, or window of qa; None: 128, for qa 384", "model")
-    eval_batch_size: int = option(32, "rows of an evaluation batch", "model")
+    eval_batch_size: int = option(32, "rows of an evaluation batch", "model", at_least=1)
 
     def __post_init__(self):
         max_steps = self.max_steps
         if self.epochs is not None:
-            self.max_steps = sys.maxsize  # whatever it may be: plan_steps knows, and comes here again
+            self.max_steps = sys.maxsize  # no warm-up or cooldown is too long yet; plan_steps finds the number
         super().__post_init__()
         self.max_steps = max_steps
         if self.task is None:
             raise ValueError("say what to learn: --task classify, pair, regress, tag or qa")
         if self.max_length is None:
             self.max_length = 384 if self.task == "qa" else 128
-        least_length = 24 if self.task == "qa" else 8
-        for name, least in {"max_length": least_length, "eval_batch_size": 1, "max_answer_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be above 0, not {self.epochs}")
+        if self.max_length < (least := 24 if self.task == "qa" else 8):
+            raise ValueError(f"max_length must be at least {least}, not {self.max_length}")
         for name in ("class_weights", "label_names"):
             if getattr(self, name) is not None and self.task in ("regress", "qa"):
                 raise ValueError(f"{name}: --task {self.task} has no classes")
@@ -99,9 +100,15 @@ class FineTuningArguments(with_defaults(RunArguments, **USUAL)):
         if self.null_threshold is not None and not self.null_threshold > -math.inf:
             raise ValueError(f"null_threshold must be a number or infinity, not {self.null_threshold}")
 
+    @property
+    def question_options(self) -> dict[str, Any]:
+        """Options of qa, which no other task has."""
+        names = ("stride", "max_answer_tokens", "null_threshold") if self.task == "qa" else ()
+        return {name: getattr(self, name) for name in names}
+
 
 def plan_steps(args: FineTuningArguments, num_rows: int) -> FineTuningArguments:
-    """The arguments with their number of steps, and of steps to warm up, for this many rows."""
+    """Returns the arguments with the number of steps, and of warm-up steps, for this many training rows."""
     steps = args.max_steps
     if args.epochs is not None:
         steps = math.ceil(args.epochs * num_rows / args.global_batch_size)
@@ -112,7 +119,11 @@ def plan_steps(args: FineTuningArguments, num_rows: int) -> FineTuningArguments:
 
 
 def choose_monitor(args: FineTuningArguments, task: Task) -> str:
-    """The value of an evaluation that decides; raises ValueError naming those there are if there is no such one."""
+    """Returns the measured value that decides which evaluation is the best.
+
+    Raises:
+        ValueError: `args.monitor` is not measured; the message names what is.
+    """
     if args.monitor is None:
         return task.monitor
     measured = task.measure(task.validation, [task.reference(example) for example in task.validation])
@@ -121,25 +132,17 @@ def choose_monitor(args: FineTuningArguments, task: Task) -> str:
     return f"eval_{args.monitor.removeprefix('eval_')}"
 
 
+def read_data(args: FineTuningArguments) -> Task:
+    """Returns the task that `--task` and `--data` name, with its examples."""
+    names = ("validation_data", "text_column", "pair_column", "label_column", "validation_fraction", "unanswerable")
+    options = {name: getattr(args, name) for name in names} | args.question_options
+    return read_task(args.task, args.data, label_names=split_names(args.label_names), **options)
+
+
 def main():
-    with user_errors():
-        args = parse_arguments(FineTuningArguments)
-    with open_run(args) as accelerator:
+    with open_run(FineTuningArguments) as (args, accelerator):
         with user_errors():
-            names = ("stride", "max_answer_tokens", "null_threshold") if args.task == "qa" else ()
-            options = {name: getattr(args, name) for name in names}
-            task = read_task(
-                args.task,
-                args.data,
-                validation_data=args.validation_data,
-                text_column=args.text_column,
-                pair_column=args.pair_column,
-                label_column=args.label_column,
-                label_names=None if args.label_names is None else [*map(str.strip, args.label_names.split(","))],
-                validation_fraction=args.validation_fraction,
-                unanswerable=args.unanswerable,
-                **options,
-            )
+            task = read_data(args)
             monitor = choose_monitor(args, task)
             tokenizer = create_tokenizer(args.model, args.tokenizer, task, args.vocab_size, args.max_length)
             rows = task.rows(task.train, tokenizer, args.max_length)
@@ -148,17 +151,17 @@ def main():
             model = create_task_model(
                 args.model, task, tokenizer, args.max_length, accelerator.device, args.config, class_weights
             )
-            # An answer's places compete with the padding too, and the loss must not depend on who shares the batch.
+            # In qa, padding tokens compete to be the answer, so the length must not depend on who shares the batch.
             length = args.max_length if args.task == "qa" else None
-            data = LabelledRows(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
-            validation_rows = task.rows(task.validation, tokenizer, args.max_length, "validation")
-            validation = Validation(accelerator, task, validation_rows, data, args.eval_batch_size)
+            data = TaskBatches(rows, args.seed, args.global_batch_size, tokenizer.pad_token_id, length, class_weights)
+            held_out = task.rows(task.validation, tokenizer, args.max_length, "validation")
+            validation = TaskValidation(accelerator, task, held_out, data, args.eval_batch_size)
             accelerator.print(
-                f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(rows):,} rows to train on "
-                f"and {len(validation_rows):,} to validate on, from {task.source}"
+                f"{describe(model)}; {len(rows):,} rows to train on and {len(held_out):,} to validate on, "
+                f"from {task.source}",
+                *(f"note: {note}" for note in task.notes),
+                sep="\n",
             )
-            for note in task.notes:
-                accelerator.print(f"note: {note}")
             identity = identify(
                 args,
                 model,
@@ -168,13 +171,10 @@ def main():
                 tokenizer=tokenizer_fingerprint(tokenizer),
                 max_length=args.max_length,
                 monitor=monitor,
-                **options,
+                **args.question_options,
             )
-        model, results = train(
-            args, accelerator, model, data, validation.measure, identity, unit="examples", monitor=monitor
-        )
-        source = {"source": task.source, "fingerprint": task.fingerprint, "licence": task.license}
-        finish(args, accelerator, model, tokenizer, results, task=task.pipeline, data=source)
+        model, results = train(args, accelerator, model, data, validation, identity, unit="examples", monitor=monitor)
+        finish(args, accelerator, model, tokenizer, results, task=task.pipeline, data=task)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The measures of `eval_results.json`, as `evaluate.Metric` classes that need no network.
 
-A metric is fed sums or single examples, so that it is exact whatever the batches, and computed on rank 0 over what
-all ranks gathered:
+A metric is given sums or single examples, so that it is exact whatever the batches are. Rank 0 computes it over what
+all ranks have gathered:
 
     metric = load_metric(LanguageModeling)
     metric.add_batch(nll_sum=[1093.2, 1121.8], num_tokens=[512, 512], num_bytes=[2031, 2093])
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def load_metric(metric_class: type[evaluate.Metric]) -> evaluate.Metric:
-    """A metric that keeps what it is fed in memory; evaluate's folder is a temporary one, gone with the metric."""
+    """Loads a metric that keeps its inputs in memory; the folder that evaluate wants is deleted with the metric."""
     folder = tempfile.TemporaryDirectory(prefix="hf_models-metric-")
     metric = metric_class(keep_in_memory=True, cache_dir=folder.name)
     metric.temporary_folder = folder
@@ -35,7 +35,7 @@ class LanguageModeling(evaluate.Metric):
     """Loss in nats per predicted token, its exponential, and bits per UTF-8 byte of text.
 
     Bits per byte, nll / (ln 2 * bytes), compares models whatever their tokenizers (Gao et al. 2020, "The Pile",
-    section 3.1): `num_bytes` counts the text that `nll_sum`, in nats, was summed over.
+    section 3.1). `num_bytes` are those of the text that `nll_sum`, in nats, is the sum over.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -55,8 +55,10 @@ class LanguageModeling(evaluate.Metric):
 
 
 class MaskedLanguageModeling(evaluate.Metric):
-    """Loss and accuracy of masked tokens, and of sentence pairs where there are any; `loss` is the sum of both losses,
-    in nats (Devlin et al. 2019, appendix A.2)."""
+    """Loss and accuracy of masked tokens, and of sentence pairs if there are any.
+
+    `loss` is the sum of both losses, in nats (Devlin et al. 2019, appendix A.2).
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         names = ("num_masked", "num_masked_correct", "num_pairs", "num_pairs_correct")
@@ -84,8 +86,8 @@ class MaskedLanguageModeling(evaluate.Metric):
 class Classification(evaluate.Metric):
     """Accuracy, F1 and Matthews correlation of class ids from 0 to `num_labels` - 1.
 
-    `f1` is that of class 1 where there are two classes, as GLUE has it; `macro_f1` is the mean over the classes. What
-    is a division by zero (a class that is neither there nor predicted; a correlation with a constant) counts as 0.
+    With two classes `f1` is that of class 1, as in GLUE; `macro_f1` is the mean over the classes. A division by zero
+    gives 0: a class that is neither true nor predicted, or a correlation with a constant.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -104,11 +106,11 @@ class Classification(evaluate.Metric):
 
 
 class ImageClassification(evaluate.Metric):
-    """Loss and accuracies of images, over all and for each class, and which class was taken for which.
+    """Loss and accuracies of images, over all images and for each class, and the confusion matrix.
 
-    Fed for each image its class id (`references`), the predicted one (`predictions`), how many classes were thought
-    likelier than the true one (`ranks`), and the loss in nats (`losses`). `per_class_accuracy` has a number for each
-    class, NaN for one without images; `confusion_matrix` counts, [true class][predicted class].
+    Each image has its class id (`references`), the predicted one (`predictions`), the number of classes that scored
+    higher than the true one (`ranks`), and the loss in nats (`losses`). `per_class_accuracy` has a number for each
+    class, NaN for a class without images; `confusion_matrix` counts images, [true class][predicted class].
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -130,7 +132,7 @@ class ImageClassification(evaluate.Metric):
 
 
 class Regression(evaluate.Metric):
-    """Pearson's and Spearman's correlation, and the mean squared error. Nothing correlates with a constant: 0."""
+    """Pearson's and Spearman's correlation, and the mean squared error. The correlation with a constant is 0."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _describe(self, predictions=datasets.Value("float64"), references=datasets.Value("float64"))
@@ -149,9 +151,9 @@ class Regression(evaluate.Metric):
 class QuestionAnswering(evaluate.Metric):
     """Exact match and F1 of answers in words, the mean over all questions (Rajpurkar et al. 2016, section 6.1; 2018).
 
-    The official SQuAD comparison: without case, punctuation, articles and repeated spaces, with the best of the
-    reference answers; a question without any is answered by the empty text. Fractions of 1, where the official script
-    shows percent. If some questions have no answer, the two kinds are also reported apart.
+    As in the official script, case, punctuation, articles and repeated spaces do not matter, the best of the reference
+    answers counts, and a question without one is answered by the empty text. Results are fractions of 1; the official
+    script shows percent. If some questions have no answer, both kinds of questions are also measured separately.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -178,7 +180,7 @@ class QuestionAnswering(evaluate.Metric):
 
 
 def normalised_words(text: str) -> list[str]:
-    """The words of an answer as SQuAD compares them: lower-cased, without punctuation and articles."""
+    """The words of an answer in the form that SQuAD compares: lower case, without punctuation and articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -192,9 +194,8 @@ def _words_f1(words: list[str], answer: list[str]) -> float:
 class Entities(evaluate.Metric):
     """Precision, recall and F1 of entities, and the accuracy of the single tags.
 
-    An entity is predicted if one of the same type covers exactly the same words (Tjong Kim Sang and De Meulder 2003);
-    `entities` says which entities a row of tags has. Counts are summed over all rows; without a single entity all
-    three are 0.
+    An entity is found if a predicted entity of the same type covers exactly the same words (Tjong Kim Sang and De
+    Meulder 2003); see `entities`. Counts are summed over all rows. Without any entity all three are 0.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -219,37 +220,37 @@ class Entities(evaluate.Metric):
 
 
 def entities(tags: list[str]) -> set[tuple[str, int, int]]:
-    """The entities (type, first word, end) of one row of tags, as the CoNLL script conlleval and seqeval count them.
+    """Finds the entities (type, first word, end) in one row of tags, as conlleval (CoNLL) and seqeval count them.
 
-    `B-X` begins an entity of type X and `I-X` goes on with it; an `I-X` with nothing of type X before it begins one
-    too, so that both of CoNLL's ways to write tags (IOB1, IOB2) give the same entities. `E-X` or `L-X` is the last word
-    of one, `S-X` or `U-X` an entity by itself (BIOES, BILOU). Any other tag is outside.
+    `B-X` begins an entity of type X, and `I-X` continues it. An `I-X` that follows no X begins an entity too, so that
+    both ways to write tags in CoNLL (IOB1, IOB2) give the same entities. `E-X` or `L-X` is the last word of an entity,
+    and `S-X` or `U-X` is an entity of one word (BIOES, BILOU). Any other tag is outside of entities.
     """
     found, kind, first, is_last = set(), None, 0, False
-    for place, tag in enumerate([*tags, "O"]):
+    for index, tag in enumerate([*tags, "O"]):
         prefix, dash, name = tag.partition("-")
         name = name if prefix in ("B", "I") or (dash and prefix in ("E", "L", "S", "U")) else None
         if kind is not None and (name != kind or prefix in ("B", "S", "U") or is_last):
-            found.add((kind, first, place))
+            found.add((kind, first, index))
             kind = None
         is_last = prefix in ("E", "L", "S", "U")
         if kind is None and name is not None:
-            kind, first = name, place
+            kind, first = name, index
     return found
 
 
 class CocoDetection(evaluate.Metric):
-    """Average precision and recall of boxes as COCO has them (Lin et al. 2014; cocodataset.org/#detection-eval).
+    """COCO's average precision and recall of boxes (Lin et al. 2014; cocodataset.org/#detection-eval).
 
-    `map` is the mean over the classes and over ten least overlaps (IoU) from 0.5 to 0.95, `map_50` and `map_75` that at
-    one of them; `map_small`, `map_medium` and `map_large` count boxes of areas up to 32**2, from there to 96**2, and
-    from there on: a box of just 32**2 or 96**2 counts in two of them.
-    `mar_1`, `mar_10` and `mar_100` are recalls with so many boxes of a class in an image at most. `per_class_map` has a
-    number for each class. As in COCO what there is no true box for is -1, and crowds are neither found nor missed.
+    `map` is the mean over the classes and over ten thresholds of overlap (IoU) from 0.5 to 0.95; `map_50` and `map_75`
+    have one threshold. `map_small`, `map_medium` and `map_large` count boxes with areas up to 32**2, from 32**2 to
+    96**2, and from 96**2 on; a box of exactly 32**2 or 96**2 counts in two of them. `mar_1`, `mar_10` and `mar_100` are
+    recalls with at most so many boxes of a class in an image. `per_class_map` has a number for each class. As in COCO,
+    a measure without any true box is -1, and crowds count neither as found nor as missed.
 
-    Fed for each image its number (`image_ids`), each once; the predicted boxes (n, 4), as left, top, right and bottom
-    in pixels, their scores (n,) and class ids (n,); the true boxes (m, 4), class ids (m,), areas in pixels (m,) and
-    whether each is of a crowd (m,).
+    Each image is added once, with its number (`image_ids`); the predicted boxes (n, 4), as left, top, right and bottom
+    in pixels, their scores (n,) and class ids (n,); the true boxes (m, 4), class ids (m,), areas in pixels (m,), and
+    whether each is a crowd (m,).
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -277,7 +278,7 @@ class CocoDetection(evaluate.Metric):
         precision = evaluation.eval["precision"][..., 0, -1]  # (overlaps, recalls, classes)
         return {
             **dict(zip(COCO_MEASURES, map(float, evaluation.stats), strict=False)),
-            "per_class_map": np.mean(precision, axis=(0, 1)).tolist(),  # all of a class is -1, or none
+            "per_class_map": np.mean(precision, axis=(0, 1)).tolist(),  # a class without boxes is -1 throughout
         }
 
 
@@ -286,18 +287,18 @@ COCO_MEASURES += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_
 
 
 def _coco(image_ids: list[int], num_labels: int, boxes: list, **fields: list):
-    """A data set as COCO's tools take it. boxes and fields: for each image a list of those of its boxes."""
+    """Makes a data set for COCO's tools. boxes and fields: for each image a list with an entry for each box."""
     from faster_coco_eval import COCO
 
     annotations = []
-    for place, image in enumerate(image_ids):
-        columns = [fields[name][place] for name in fields]
-        for (left, top, right, bottom), *values in zip(boxes[place], *columns, strict=True):
+    for index, image in enumerate(image_ids):
+        columns = [fields[name][index] for name in fields]
+        for (left, top, right, bottom), *values in zip(boxes[index], *columns, strict=True):
             box = [left, top, right - left, bottom - top]
             annotation = {"area": box[2] * box[3], "iscrowd": 0, **dict(zip(fields, values, strict=True))}
             if not np.isfinite([*box, annotation.get("score", 0)]).all():
                 raise ValueError(f"image {image} has a box or a score that is not finite")
-            # Numbers from 1: to these tools 0 is no box.
+            # Ids count from 1, because these tools take 0 for no box.
             annotations.append({"id": len(annotations) + 1, "image_id": image, "bbox": box, **annotation})
     return COCO(
         {

@@ -2,8 +2,8 @@
 
     accelerate launch training/train_bert.py
 
-trains on the documentation that ships with Python, in about a quarter of an hour of a processor's time. `--data` takes
-a .txt, .jsonl or .parquet file, a folder of them, or a data set's name on the Hub; `--recipe
+trains on the documentation that ships with Python, in about a quarter of an hour of processor time. `--data` takes a
+.txt, .jsonl or .parquet file, a folder of these, or the name of a data set on the Hub. `--recipe
 training/recipes/NAME.yaml` repeats a published run; `--help` lists every option. Rows are packed without padding, and
 only masked tokens are scored.
 """
@@ -15,18 +15,20 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
-from training.documents import read_documents
-from training.guesses import count_correct, guess_words, pseudo_perplexity
-from training.loop import identify, open_run, train
-from training.masking import MaskedRows, masked_evaluation_rows
+from training.data.documents import Corpus, read_documents
+from training.hub.finish import finish
 from training.metrics import MaskedLanguageModeling, load_metric
-from training.models import create_text_model
-from training.processes import on_main_process, take_turns
-from training.results import finish
-from training.stream import StreamedTokens
-from training.text import IGNORED_LABEL, TokenCache, tokenize_documents
-from training.tokenizer import make_tokenizer, tokenizer_fingerprint
+from training.models import create_text_model, describe
+from training.run.arguments import option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
+from training.run.processes import on_main_process, take_turns
+from training.text.arguments import TextArguments
+from training.text.masking import MaskedRows, masked_evaluation_rows
+from training.text.stream import StreamedTokens
+from training.text.tokenizer import make_tokenizer, tokenizer_fingerprint
+from training.text.tokens import IGNORED_LABEL, TokenCache, tokenize_documents
+from training.text.validation import count_correct, guess_words, pseudo_perplexity
 
 QUICKSTART = {  # 13 minutes of processor time
     "model": "bert-modern-mini",
@@ -44,23 +46,17 @@ QUICKSTART = {  # 13 minutes of processor time
 
 @dataclass
 class BertArguments(with_defaults(TextArguments, **QUICKSTART)):
-    row_length: int = option(128, "tokens of a row", "text")
+    row_length: int = option(128, "tokens of a row", "text", at_least=16)
     next_sentence: bool = option(True, "also tell whether the second half of a sequence follows the first", "text")
-    mask_probability: float = option(0.15, "part of the tokens to predict", "text")
+    mask_probability: float = option(0.15, "part of the tokens to predict", "text", above=0, below=1)
     whole_words: bool = option(False, "mask all pieces of a word together", "text")
-    scored_rows: int = option(4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"row_length": 16, "scored_rows": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not 0 < self.mask_probability < 1:
-            raise ValueError(f"mask_probability must lie between 0 and 1, not {self.mask_probability}")
+    scored_rows: int = option(
+        4, "rows' worth of held-out tokens to mask one by one, for the pseudo-perplexity", "text", at_least=1
+    )
 
     @property
     def masking(self) -> dict[str, Any]:
-        """What `MaskedRows` takes besides the text."""
+        """What `MaskedRows` takes besides the text, the tokenizer and the length of a row."""
         return {name: getattr(self, name) for name in ("next_sentence", "mask_probability", "whole_words")}
 
 
@@ -102,7 +98,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
-        """Losses and accuracies; every process takes every n-th batch."""
+        """Returns losses and accuracies; every process takes every n-th batch."""
         sums = []
         for batch, counts in take_turns(self.accelerator, self.batches()):
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -120,52 +116,48 @@ class Validation:
         return {f"eval_{name}": value for name, value in self.metric.compute().items()}
 
     def look_closer(self, model) -> dict[str, Any]:
-        """Pseudo-perplexity, and ten masked sentences with the model's guesses."""
+        """Returns the pseudo-perplexity, and ten masked sentences with the model's guesses."""
         text, size = (model, self.tokenizer, self.tokens), self.args.row_length
         perplexity = pseudo_perplexity(*text, size, self.args.scored_rows * size, self.args.eval_batch_size)
         return {"eval_pseudo_perplexity": perplexity, "sample": guess_words(*text, size)}
 
 
+def make_rows(args: BertArguments, accelerator, corpus: Corpus, tokenizer, cache: TokenCache):
+    """Returns the training rows: of a stream as they arrive, otherwise of the cache."""
+
+    def mask(tokens, *seed):
+        return MaskedRows(tokens, tokenizer, args.row_length, seed, **args.masking)
+
+    if not corpus.streamed:
+        return mask(cache.tokens("train"), args.seed)
+    rows = StreamedTokens(
+        corpus,
+        tokenizer,
+        args.row_length,
+        args.seed,
+        rows_of=lambda tokens, shard: mask(tokens[:-1], args.seed, shard),  # the last token begins the next shard
+        rows_per_shard=max(8192, args.global_batch_size),
+    )
+    on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if the text is too short
+    return rows
+
+
 def main():
-    with user_errors():
-        args = parse_arguments(BertArguments)
-    with open_run(args) as accelerator:
+    with open_run(BertArguments) as (args, accelerator):
         with user_errors():
-            corpus = read_documents(
-                args.data,
-                text_column=args.text_column,
-                validation_fraction=args.validation_fraction,
-                streaming=args.streaming,
-            )
             size = args.row_length
+            corpus = read_documents(args.data, **args.reading)
             tokenizer = make_tokenizer(args.tokenizer, corpus, args.vocab_size, context_length=size, masked=True)
             cache = tokenize_documents(corpus, tokenizer)
-
-            def make_rows(tokens, *seed):
-                return MaskedRows(tokens, tokenizer, size, seed, **args.masking)
-
-            if corpus.streamed:
-                rows = StreamedTokens(
-                    corpus,
-                    tokenizer,
-                    size,
-                    args.seed,
-                    # The last token of a shard is also the first of the next one.
-                    rows_of=lambda tokens, shard: make_rows(tokens[:-1], args.seed, shard),
-                    rows_per_shard=max(8192, args.global_batch_size),
-                )
-                on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if it is too short
-            else:
-                rows = make_rows(cache.tokens("train"), args.seed)
+            rows = make_rows(args, accelerator, corpus, tokenizer, cache)
+            data = BertData(rows, args.global_batch_size, tokenizer.pad_token_id)
             validation = Validation(args, accelerator, tokenizer, cache)
             model_class = hf_models.ZooBertForPreTraining if args.next_sentence else hf_models.ZooBertForMaskedLM
             model = create_text_model(
                 args.model, model_class, tokenizer, size, accelerator.device, args.config, length_option="row_length"
             )
-            accelerator.print(
-                f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
-                f"vocabulary, text from {corpus.source}"
-            )
+            vocabulary = f"{len(tokenizer):,} tokens in the vocabulary"
+            accelerator.print(f"{describe(model)}, {vocabulary}, text from {corpus.source}")
             identity = identify(
                 args,
                 model,
@@ -175,15 +167,11 @@ def main():
                 row_length=size,
                 **args.masking,
             )
-        data = BertData(rows, args.global_batch_size, tokenizer.pad_token_id)
-        measure, monitor = validation.measure, "eval_loss" if args.patience else None
-        model, results = train(
-            args, accelerator, model, data, measure, identity, unit="tokens", row_length=size, monitor=monitor
-        )
+        options = {"unit": "tokens", "row_length": size, "monitor": "eval_loss" if args.patience else None}
+        model, results = train(args, accelerator, model, data, validation, identity, **options)
         results |= validation.look_closer(model)
         accelerator.print(f"pseudo-perplexity {results['eval_pseudo_perplexity']:.2f}\n{results['sample']}")
-        source = {"source": corpus.source, "fingerprint": corpus.fingerprint, "licence": corpus.license}
-        finish(args, accelerator, model, tokenizer, results, task="fill-mask", data=source)
+        finish(args, accelerator, model, tokenizer, results, task="fill-mask", data=corpus)
 
 
 if __name__ == "__main__":

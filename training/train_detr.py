@@ -3,31 +3,35 @@
     accelerate launch training/train_detr.py
     accelerate launch training/train_detr.py --data FOLDER --model detr-small
 
-The first learns to find handwritten digits on canvases, in minutes on a laptop's CPU. `--data` takes a folder in the
-layout of COCO, Pascal VOC or YOLO, a COCO .json, or a data set of the Hub with a column "objects". `--model` takes a
-name of the zoo, or a checkpoint to go on from: ours or a stock DETR; `--backbone_weights` the weights of a trained
-ResNet for a fresh model. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists all options.
+The first command learns to find handwritten digits on canvases, in minutes on a laptop's CPU. `--data` takes a folder
+in the layout of COCO, Pascal VOC or YOLO, a .json file of COCO, or a data set of the Hub with a column "objects".
+`--model` takes a name of the zoo, or a checkpoint to go on from, ours or a stock DETR. `--backbone_weights` takes the
+weights of a trained ResNet for a fresh model. `--recipe training/recipes/NAME.yaml` repeats a published run; `--help`
+lists all options.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from accelerate.utils import gather_object
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.resnet import load_backbone_weights
-from training.arguments import RunArguments, option, parse_arguments, user_errors, with_defaults
-from training.detection import DetectionData, read_detection
-from training.detection_batches import DetectionBatches, DetectionTransform
-from training.detection_validation import DetectionValidation
-from training.image_batches import channel_statistics
-from training.loop import identify, open_run, train
-from training.models import create_image_model, edges_of, is_checkpoint, normalisation_of, starting_config
-from training.processes import micro_batches
-from training.results import finish
+from training.detection.batches import DetectionBatches, DetectionTransform
+from training.detection.read import DetectionData, read_detection
+from training.detection.validation import DetectionValidation
+from training.hub.finish import finish
+from training.images.arguments import ImageArguments
+from training.images.batches import channel_statistics
+from training.images.validation import finish_measuring
+from training.models import create_image_model, describe, starting_config
+from training.processors import edges_of, normalisation_of
+from training.run.arguments import is_checkpoint, option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
+from training.run.processes import micro_batches
 
 QUICKSTART = {  # minutes on two CPU cores
     "model": "detr-mini",
@@ -41,16 +45,15 @@ QUICKSTART = {  # minutes on two CPU cores
     "ema_decay": 0.99,
     "eval_every": 250,
 }
-MOST_PIXELS = 512  # of the shorter side, where nothing says how large images are to be
+MOST_PIXELS = 512  # of the shorter side, if neither the options nor a checkpoint say how large images have to be
 LONGER = 1333 / 800  # the longest side, as a multiple of the shorter one's pixels (Carion et al. 2020, appendix A.4)
 # Options that `DetectionTransform` takes as they are.
 CHANGES = ("scale_jitter", "crop", "crop_scale", "crop_visible", "flip", "color_jitter")
 
 
 @dataclass
-class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
+class DetrArguments(with_defaults(ImageArguments, **QUICKSTART)):
     config: str | None = option(None, "fields to change in it: 'num_queries=50,dilation=true'", "model")
-    num_channels: int | None = option(None, "1 grey, 3 colour; None: as the checkpoint or the data has it", "model")
     backbone_weights: str | None = option(
         None, "weights of a trained ResNet (stock, timm's or ours): a file, a folder or a Hub repository", "model"
     )
@@ -58,46 +61,34 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
         None,
         "peak rate of the backbone; 0: it does not train; None: learning_rate, a tenth of it for trained weights",
         "optimization",
+        at_least=0,
     )
 
-    validation_data: str | None = option(
-        None, "other images to validate on: their part for that, or else all of them", "images"
-    )
     validation_split: Literal["val", "test"] | None = option(None, "part of the data to validate on", "images")
-    validation_fraction: float = option(0.1, "part of the data to hold out where none is for validation", "images")
-    image_column: str = option("image", "column of the image, in a data set of the Hub", "images")
     objects_column: str = option("objects", "column of its boxes and their classes", "images")
     box_format: Literal["xywh", "xyxy"] = option(
         "xywh", "left and top of such a box, then width and height or right and bottom", "images"
     )
-    label_names: str | None = option(None, "classes in the order of their ids: 'cat,dog'", "images")
     shortest_edge: int | None = option(
         None,
         f"pixels of an image's shorter side; None: the checkpoint's, or as the images are, at most {MOST_PIXELS}",
         "images",
+        at_least=1,
     )
     longest_edge: int | None = option(
         None,
         "most pixels of the longer side; None: 5/3 of shortest_edge, or if that is None too the checkpoint's",
         "images",
+        at_least=1,
     )
-    max_bad_images: float = option(0.01, "part of the images that may be missing or unreadable", "images")
-    num_workers: int = option(2, "processes of each trainer that decode image files", "images")
-    eval_batch_size: int = option(16, "images of an evaluation batch", "images")
 
     scale_jitter: float = option(0.0, "the shorter side loses up to this part of its pixels, by chance", "changes")
     crop: float = option(0.0, "probability of a random crop", "changes")
     crop_scale: float = option(0.3, "least part of the area that a crop keeps", "changes")
     crop_visible: float = option(0.25, "least part of a box that must be in a crop for it to stay a box", "changes")
-    flip: float = option(0.0, "probability of a mirror image", "changes")
-    color_jitter: float = option(0.0, "how far brightness, contrast and saturation change", "changes")
 
     def __post_init__(self):
         super().__post_init__()
-        bounds = {"eval_batch_size": 1, "num_workers": 0, "backbone_learning_rate": 0}
-        for name, least in (bounds | {"shortest_edge": 1, "longest_edge": 1}).items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.layer_decay != 1:
             raise ValueError("layer_decay is for one stack of layers, which a DETR is not: see backbone_learning_rate")
 
@@ -115,12 +106,9 @@ class DetrArguments(with_defaults(RunArguments, **QUICKSTART)):
 
 
 def read_data(args: DetrArguments, num_channels: int | None) -> DetectionData:
-    """The images that `--data` names, with their boxes."""
-    names = ("validation_data", "validation_split", "validation_fraction", "image_column", "objects_column")
-    names += ("box_format", "max_bad_images", "num_workers", "seed")
-    label_names = args.label_names and [name.strip() for name in args.label_names.split(",")]
-    options = {name: getattr(args, name) for name in names}
-    return read_detection(args.data, label_names=label_names, num_channels=num_channels, **options)
+    """Returns the images that `--data` names, with their boxes."""
+    options = {name: getattr(args, name) for name in ("validation_split", "objects_column", "box_format")}
+    return read_detection(args.data, num_channels=num_channels, **options, **args.reading)
 
 
 def is_stock(config: PreTrainedConfig) -> bool:
@@ -130,14 +118,19 @@ def is_stock(config: PreTrainedConfig) -> bool:
 def create_model(
     args: DetrArguments, start: PreTrainedConfig, images: DetectionData, device
 ) -> ZooDetrForObjectDetection:
-    """The model that `--model` names for the classes of the data, its backbone with the weights it is to begin with.
-    start: the config of what it names.
+    """Returns the model that `--model` names, for the classes of the data.
 
-    From a stock checkpoint all decoder layers are trained, as in the paper, unless `--config` has its own
-    `auxiliary_loss`: there the option is off to detect, and published checkpoints have it so.
+    Every decoder layer of a stock checkpoint is trained, as in the paper, unless `--config` sets `auxiliary_loss`.
+    Published checkpoints have this option off, since it is not needed to detect.
 
-    Raises ValueError if those do not fit, or are missing where the backbone cannot learn without."""
-    # The cells of an image are many, and the fused kernel is the faster one for them on a CPU too.
+    Args:
+        start: the config that `--model` names.
+
+    Raises:
+        ValueError: the weights of the backbone do not fit, or the backbone cannot learn without trained weights and
+            there are none.
+    """
+    # An image has many cells, and for many cells the fused kernel is faster on a CPU too.
     fields = {"num_channels": images.num_channels, "attn_implementation": "sdpa"}
     if is_stock(start):
         fields["auxiliary_loss"] = True
@@ -158,7 +151,7 @@ def create_model(
 
 
 def choose_edges(args: DetrArguments, images: DetectionData) -> tuple[int | None, int | None]:
-    """`shortest_edge` and `longest_edge` of `DetectionTransform`, from the options, the checkpoint or the data."""
+    """Returns `shortest_edge` and `longest_edge` of `DetectionTransform`, from options, checkpoint or data."""
     found = edges_of(args.model) if is_checkpoint(args.model) else None
     if args.shortest_edge is None and args.longest_edge is None:
         if found is not None:
@@ -171,7 +164,7 @@ def choose_edges(args: DetrArguments, images: DetectionData) -> tuple[int | None
 
 
 def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel: what trained weights expect, or those of the data."""
+    """Returns mean and standard deviation of each channel, as trained weights expect them, or of the data."""
     if found := normalisation_of(args.model, images.num_channels):
         return found
     if args.backbone_is_trained and images.num_channels == 3:
@@ -179,37 +172,47 @@ def choose_normalisation(args: DetrArguments, images: DetectionData) -> tuple[li
     return channel_statistics(images.train, (64, 64))
 
 
+def create_transform(args: DetrArguments, images: DetectionData) -> DetectionTransform:
+    """Returns the changes of the images and their boxes."""
+    shortest_edge, longest_edge = choose_edges(args, images)
+    mean, std = choose_normalisation(args, images)
+    changes = {name: getattr(args, name) for name in CHANGES}
+    changes |= {"shortest_edge": shortest_edge, "longest_edge": longest_edge, "mean": mean, "std": std}
+    return DetectionTransform(seed=args.seed, global_batch_size=args.global_batch_size, **changes)
+
+
+def summarise(args: DetrArguments, start: PreTrainedConfig, images: DetectionData, model, transform) -> str:
+    """Returns what is trained on what, and what a user has to know about both."""
+    edge = transform.shortest_edge
+    size = "of their own size" if edge is None else f"with {edge} pixels on the shorter side"
+    lines = [
+        f"{describe(model)}; {len(images.train):,} images {size} and {images.train.count_boxes():,} boxes of "
+        f"{len(images.label_names)} classes to train on, {len(images.validation):,} images to validate on, "
+        f"from {images.source}"
+    ]
+    lines += [f"note: {note}" for note in images.notes]
+    if is_stock(start) and model.config.auxiliary_loss and not start.auxiliary_loss:
+        lines.append(
+            f"note: auxiliary_loss is true, though false in {args.model}: every decoder layer is trained, as "
+            "in the paper; --config auxiliary_loss=false trains the last one only"
+        )
+    return "\n".join(lines)
+
+
 def main():
-    with user_errors():
-        args = parse_arguments(DetrArguments)
-    with open_run(args) as accelerator:
+    with open_run(DetrArguments) as (args, accelerator):
         with user_errors():
             start = starting_config(args.model, ZooDetrForObjectDetection)
             images = read_data(args, args.num_channels or (start.num_channels if args.backbone_is_trained else None))
             model = create_model(args, start, images, accelerator.device)
-            shortest_edge, longest_edge = choose_edges(args, images)
-            mean, std = choose_normalisation(args, images)
-            changes = {name: getattr(args, name) for name in CHANGES}
-            changes |= {"shortest_edge": shortest_edge, "longest_edge": longest_edge, "mean": mean, "std": std}
-            transform = DetectionTransform(seed=args.seed, global_batch_size=args.global_batch_size, **changes)
+            transform = create_transform(args, images)
             data = DetectionBatches(images.train, transform, args.max_steps, model.config)
             held_out = (accelerator, images.validation, images.label_names)
             validation = DetectionValidation(*held_out, transform, model.config, args.eval_batch_size)
             positions, *_ = micro_batches(args, accelerator.process_index, accelerator.num_processes)
             data.batch(0, positions)  # raises ValueError now if the images are bad
-            size = "of their own size" if shortest_edge is None else f"with {shortest_edge} pixels on the shorter side"
-            accelerator.print(
-                f"{type(model).__name__} with {model.num_parameters():,} parameters; {len(images.train):,} images "
-                f"{size} and {images.train.count_boxes():,} boxes of {len(images.label_names)} classes to train on, "
-                f"{len(images.validation):,} images to validate on, from {images.source}"
-            )
-            for note in images.notes:
-                accelerator.print(f"note: {note}")
-            if is_stock(start) and model.config.auxiliary_loss and not start.auxiliary_loss:
-                accelerator.print(
-                    f"note: auxiliary_loss is true, though false in {args.model}: every decoder layer is trained, as "
-                    "in the paper; --config auxiliary_loss=false trains the last one only"
-                )
+            accelerator.print(summarise(args, start, images, model, transform))
+            names = (*CHANGES, "shortest_edge", "longest_edge", "mean", "std")
             identity = identify(
                 args,
                 model,
@@ -217,34 +220,15 @@ def main():
                 start=args.model,
                 backbone_weights=args.backbone_weights,
                 backbone_rate=args.backbone_rate,
-                **changes,
+                **{name: getattr(transform, name) for name in names},
             )
-        model, results = train(
-            args,
-            accelerator,
-            model,
-            data,
-            validation.measure,
-            identity,
-            unit="images",
-            monitor="eval_map" if args.patience else None,
-            augment=data.augment,
-            rate_scales={"model.backbone": args.backbone_rate} if args.backbone_rate else None,
-        )
-        measured, pictures = validation.look_closer(model, results)
-        found = [f"{name} {value:.4f}" for name, value in measured.items() if isinstance(value, float)]
-        reports = [line for rows in (images.train, images.validation) for line in rows.report(gather_object)]
-        accelerator.print("\n".join([*reports, *found]))
-        finish(
-            args,
-            accelerator,
-            model,
-            validation.processor,
-            {**results, **measured},
-            task="object-detection",
-            data={"source": images.source, "fingerprint": images.fingerprint, "licence": images.license},
-            pictures=pictures,
-        )
+        options = {"unit": "images", "monitor": "eval_map" if args.patience else None, "augment": data.augment}
+        if args.backbone_rate:
+            options["rate_scales"] = {"model.backbone": args.backbone_rate}
+        model, results = train(args, accelerator, model, data, validation, identity, **options)
+        results, pictures = finish_measuring(accelerator, validation, model, results, images.train)
+        processor, task = validation.processor, "object-detection"
+        finish(args, accelerator, model, processor, results, task=task, data=images, pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     accelerate launch training/train_gpt.py
 
-trains on the documentation that ships with Python, in a few minutes on a laptop's CPU; the README says what it prints
-and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of them, or a data set's name on the Hub;
+trains on the documentation that ships with Python, in a few minutes on a laptop's CPU; the README shows what it prints
+and leaves. `--data` takes a .txt, .jsonl or .parquet file, a folder of these, or the name of a data set on the Hub.
 `--recipe training/recipes/NAME.yaml` repeats a published run; `--help` lists every option.
 """
 
@@ -15,16 +15,18 @@ import torch
 from accelerate.utils import gather_object
 
 import hf_models
-from training.arguments import TextArguments, option, parse_arguments, user_errors, with_defaults
-from training.documents import read_documents
-from training.loop import identify, open_run, train
+from training.data.documents import Corpus, read_documents
+from training.hub.finish import finish
 from training.metrics import LanguageModeling, load_metric
-from training.models import create_text_model
-from training.processes import on_main_process, take_turns
-from training.results import finish
-from training.stream import StreamedTokens
-from training.text import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
-from training.tokenizer import make_tokenizer, separator_id, tokenizer_fingerprint
+from training.models import create_text_model, describe
+from training.run.arguments import option, user_errors, with_defaults
+from training.run.folder import identify, open_run
+from training.run.loop import train
+from training.run.processes import on_main_process, take_turns
+from training.text.arguments import TextArguments
+from training.text.stream import StreamedTokens
+from training.text.tokenizer import make_tokenizer, separator_id, tokenizer_fingerprint
+from training.text.tokens import IGNORED_LABEL, TokenCache, TokenRows, evaluation_rows, tokenize_documents
 
 QUICKSTART = {  # a few minutes on two CPU cores
     "model": "gpt-tiny",
@@ -40,16 +42,10 @@ QUICKSTART = {  # a few minutes on two CPU cores
 
 @dataclass
 class GPTArguments(with_defaults(TextArguments, **QUICKSTART)):
-    context_length: int = option(128, "tokens of a row", "text")
+    context_length: int = option(128, "tokens of a row", "text", at_least=2)
     within_document: bool = option(False, "keep attention within each document", "text")
     prompt: str | None = option(None, "begin the sample of text with this; None: with held-out text", "text")
-    sample_tokens: int = option(120, "tokens of the sample", "text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, least in {"context_length": 2, "sample_tokens": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+    sample_tokens: int = option(120, "tokens of the sample", "text", at_least=1)
 
 
 class GPTData:
@@ -74,15 +70,16 @@ class GPTData:
 class Validation:
     """The loss over the whole held-out text, and a sample of what the model writes."""
 
-    def __init__(self, args: GPTArguments, accelerator, tokenizer, cache: TokenCache, separator: int | None):
-        self.args, self.accelerator, self.tokenizer, self.separator = args, accelerator, tokenizer, separator
+    def __init__(self, args: GPTArguments, accelerator, tokenizer, cache: TokenCache):
+        self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
+        self.separator = separator_id(tokenizer) if args.within_document else None
         self.tokens, self.num_bytes = cache.tokens("validation"), cache.num_bytes("validation")
         self.metric = load_metric(LanguageModeling)
         next(evaluation_rows(self.tokens, args.context_length, 1))  # raises ValueError now if there is too little text
 
     @torch.no_grad()
     def measure(self, model) -> dict[str, Any]:
-        """Loss, perplexity, bits per byte, speed and a sample; every process takes every n-th batch."""
+        """Returns loss, perplexity, bits per byte, speed and a sample; every process takes every n-th batch."""
         started = time.perf_counter()
         batches = evaluation_rows(self.tokens, self.args.context_length, self.args.eval_batch_size, self.separator)
         sums = []
@@ -100,7 +97,7 @@ class Validation:
         return {**results, "sample": self.sample(model)}
 
     def sample(self, model) -> str:
-        """A continuation of the prompt, or of the first held-out words."""
+        """Returns a continuation of the prompt, or of the first held-out words."""
         if self.args.prompt is None:
             ids = torch.as_tensor(self.tokens[:16].astype("int64"))[None]
         else:
@@ -117,58 +114,44 @@ class Validation:
         return self.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+def make_rows(args: GPTArguments, accelerator, corpus: Corpus, tokenizer, cache: TokenCache):
+    """Returns the training rows: of a stream as they arrive, otherwise of the cache."""
+    separator = separator_id(tokenizer) if args.within_document else None
+    if not corpus.streamed:
+        return TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
+    size = max(8192, args.global_batch_size)
+    rows = StreamedTokens(corpus, tokenizer, args.context_length, args.seed, separator, rows_per_shard=size)
+    on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if the text is too short
+    return rows
+
+
 def main():
-    with user_errors():
-        args = parse_arguments(GPTArguments)
-    with open_run(args) as accelerator:
+    with open_run(GPTArguments) as (args, accelerator):
         with user_errors():
-            corpus = read_documents(
-                args.data,
-                text_column=args.text_column,
-                validation_fraction=args.validation_fraction,
-                streaming=args.streaming,
-            )
-            tokenizer = make_tokenizer(args.tokenizer, corpus, args.vocab_size, context_length=args.context_length)
-            separator = separator_id(tokenizer) if args.within_document else None
+            length = args.context_length
+            corpus = read_documents(args.data, **args.reading)
+            tokenizer = make_tokenizer(args.tokenizer, corpus, args.vocab_size, context_length=length)
             cache = tokenize_documents(corpus, tokenizer)
-            if corpus.streamed:
-                per_shard = max(8192, args.global_batch_size)
-                rows = StreamedTokens(
-                    corpus, tokenizer, args.context_length, args.seed, separator, rows_per_shard=per_shard
-                )
-                on_main_process(accelerator, lambda: rows.rows(0, 1))  # raises ValueError now if it is too short
-            else:
-                rows = TokenRows(cache.tokens("train"), args.context_length, args.seed, separator)
-            validation = Validation(args, accelerator, tokenizer, cache, separator)
+            data = GPTData(make_rows(args, accelerator, corpus, tokenizer, cache), args.global_batch_size)
+            validation = Validation(args, accelerator, tokenizer, cache)
+            model_class, device = hf_models.ZooGPTForCausalLM, accelerator.device
             model = create_text_model(
-                args.model,
-                hf_models.ZooGPTForCausalLM,
-                tokenizer,
-                args.context_length,
-                accelerator.device,
-                args.config,
-                length_option="context_length",
+                args.model, model_class, tokenizer, length, device, args.config, length_option="context_length"
             )
-            accelerator.print(
-                f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the "
-                f"vocabulary, text from {corpus.source}"
-            )
+            vocabulary = f"{len(tokenizer):,} tokens in the vocabulary"
+            accelerator.print(f"{describe(model)}, {vocabulary}, text from {corpus.source}")
             identity = identify(
                 args,
                 model,
                 corpus.fingerprint,
                 start=args.model,
                 tokenizer=tokenizer_fingerprint(tokenizer),
-                context_length=args.context_length,
+                context_length=length,
                 within_document=args.within_document,
             )
-        data = GPTData(rows, args.global_batch_size)
         monitor = "eval_loss" if args.patience else None  # without patience the last weights are the result
-        model, results = train(
-            args, accelerator, model, data, validation.measure, identity, unit="tokens", monitor=monitor
-        )
-        source = {"source": corpus.source, "fingerprint": corpus.fingerprint, "licence": corpus.license}
-        finish(args, accelerator, model, tokenizer, results, task="text-generation", data=source)
+        model, results = train(args, accelerator, model, data, validation, identity, unit="tokens", monitor=monitor)
+        finish(args, accelerator, model, tokenizer, results, task="text-generation", data=corpus)
 
 
 if __name__ == "__main__":

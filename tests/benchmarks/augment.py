@@ -15,9 +15,9 @@ import torch
 from gpt import default_matmul, describe, interleaved
 
 import hf_models
-from training.augment import Augmentation
-from training.image_rows import ArrayRows
-from training.processes import fastest_attention, speed_up_cpu_matmul
+from training.images.augment import Augmentation
+from training.images.rows import ArrayRows
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 BATCH, SIZE, LABELS = 128, 32, 10
 CHANGES = {

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import hf_models
-from training.documents import read_documents
-from training.processes import fastest_attention, speed_up_cpu_matmul
+from training.data.documents import read_documents
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, vocabulary, batch, longest
     "bert-base": (12, 768, 30522, 16, 128),

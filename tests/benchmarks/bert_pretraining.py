@@ -19,13 +19,13 @@ import transformers
 from gpt import default_matmul
 
 import hf_models
-from training.arguments import parse_arguments
-from training.documents import read_documents
-from training.masking import MaskedRows, masked_evaluation_rows
-from training.optim import create_optimizers, learning_rate_factor
-from training.processes import fastest_attention, speed_up_cpu_matmul
-from training.text import IGNORED_LABEL, tokenize_documents
-from training.tokenizer import make_tokenizer
+from training.data.documents import read_documents
+from training.run.arguments import parse_arguments
+from training.run.optim import create_optimizers, learning_rate_factor
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
+from training.text.masking import MaskedRows, masked_evaluation_rows
+from training.text.tokenizer import make_tokenizer
+from training.text.tokens import IGNORED_LABEL, tokenize_documents
 from training.train_bert import BertArguments, count_correct
 
 RECIPE = Path(__file__).parents[2] / "training/recipes/bert-prose.yaml"

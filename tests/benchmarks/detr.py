@@ -25,7 +25,7 @@ from vit import training_step
 
 from hf_models import ZooDetrConfig, ZooDetrForObjectDetection
 from hf_models.matching import check_labels, detection_loss, pad_labels
-from training.processes import fastest_attention, speed_up_cpu_matmul
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # backbone, layers of each stack, width, queries, classes, image, batch
     "detr-r18": ("resnet18", 6, 256, 100, 91, (320, 416), 2),

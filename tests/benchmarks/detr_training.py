@@ -19,13 +19,13 @@ from accelerate.utils import send_to_device
 
 from hf_models import ZooDetrForObjectDetection
 from hf_models.resnet import RESNETS
-from training.arguments import parse_arguments
-from training.detection_batches import DetectionBatches, DetectionTransform
-from training.detection_validation import DetectionValidation
-from training.image_batches import channel_statistics
+from training.detection.batches import DetectionBatches, DetectionTransform
+from training.detection.validation import DetectionValidation
+from training.images.batches import channel_statistics
 from training.models import create_image_model
-from training.optim import EMA, create_optimizers, learning_rate_factor
-from training.processes import speed_up_cpu_matmul
+from training.run.arguments import parse_arguments
+from training.run.optim import EMA, create_optimizers, learning_rate_factor
+from training.run.processes import speed_up_cpu_matmul
 from training.train_detr import DetrArguments, choose_edges, read_data
 
 

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_models
-from training.processes import fastest_attention, speed_up_cpu_matmul
-from training.results import processor_name
+from training.hub.finish import processor_name
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, heads, vocabulary, batch, tokens
     "gpt2-small": (12, 768, 12, 50257, 4, 256),

@@ -1,4 +1,4 @@
-"""What `training/loop.py` adds to a bare training step: it may be 3 % at most.
+"""What `training/run/loop.py` adds to a bare training step: it may be 3 % at most.
 
     python tests/benchmarks/loop.py [--rounds 5]
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import hf_models
-from training.arguments import RunArguments
-from training.loop import train
-from training.optim import create_optimizers
-from training.processes import create_accelerator
+from training.run.arguments import RunArguments
+from training.run.loop import train
+from training.run.optim import create_optimizers
+from training.run.processes import create_accelerator
 
 BATCH, TOKENS, STEPS = 16, 256, 8
 
@@ -46,6 +46,11 @@ class RandomTokens:
         return {}
 
 
+class NoValidation:
+    def measure(self, model):
+        return {}
+
+
 def in_the_loop(accelerator, data):
     """Seconds of each step but the first through `train`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +63,7 @@ def in_the_loop(accelerator, data):
         )
         data.asked.clear()
         with contextlib.redirect_stderr(io.StringIO()):
-            train(args, accelerator, hf_models.create_model("gpt-mini"), data, lambda model: {}, {}, unit="tokens")
+            train(args, accelerator, hf_models.create_model("gpt-mini"), data, NoValidation(), {}, unit="tokens")
     return [end - start for start, end in zip(data.asked[1:], data.asked[2:], strict=False)]
 
 

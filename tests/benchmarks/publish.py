@@ -25,7 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from hf_models.verify import write_checksums  # noqa: E402
 from tests.finished_run import PUBLISHED, write_run  # noqa: E402
-from training.publish import push  # noqa: E402
+from training.hub.publish import push  # noqa: E402
 
 
 def serve(folder: Path, commands, answers):

@@ -24,7 +24,7 @@ from hf_models import (
     ZooViTMAEModel,
     ZooViTModel,
 )
-from training.processes import fastest_attention, speed_up_cpu_matmul
+from training.run.processes import fastest_attention, speed_up_cpu_matmul
 
 SHAPES = {  # layers, width, heads, patch, image, classes, batch
     "vit-small-224": (12, 384, 6, 16, 224, 1000, 8),

@@ -258,11 +258,18 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def in_a_process(action) -> int:
-    """Runs `action` in a forked process; how that ended: 0, or minus the signal that killed it."""
-    process = multiprocessing.get_context("fork").Process(target=action)
+def in_a_process(action, *arguments, method: str = "fork") -> int:
+    """Runs `action` in a process of its own; how that ended: 0, or minus the signal that killed it.
+
+    Args:
+        method: "fork" runs any function. Where torch sees an accelerator, a fork of a process that has computed
+            gradients cannot compute any; "forkserver" forks a process that has computed nothing, and runs a function
+            of a module with arguments that can be pickled.
+    """
+    process = multiprocessing.get_context(method).Process(target=action, args=arguments)
     process.start()
     process.join()
+    assert process.exitcode <= 0, f"the process failed with exit code {process.exitcode}; its traceback is above"
     return process.exitcode
 
 
@@ -272,7 +279,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(condition, seconds: float = 60, what: str = "what was waited for"):
+def wait_for(condition, seconds: float = 180, what: str = "what was waited for"):
     """Polls until `condition()` is true and returns it."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -281,12 +288,14 @@ def wait_for(condition, seconds: float = 60, what: str = "what was waited for"):
     return result
 
 
-def children(pid: int) -> list[int]:
-    """The living child processes of a process."""
+def trainers_of(launcher: int) -> list[int]:
+    """The processes that run a script for a launcher, and not what else its imports have started."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children}
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
         return []
+    return [child for child, command in commands.items() if any(word.endswith(".py") for word in command[1:3])]
 
 
 def is_alive(pid: int) -> bool:

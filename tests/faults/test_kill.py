@@ -14,11 +14,14 @@ from tests.faults.processes import (
     TRAIN_GPT,
     assert_same_result,
     checkpoint_names,
-    children,
     is_alive,
     kill,
+    trainers_of,
     wait_for,
 )
+
+# These tests share the run that nothing disturbed, so one worker runs them all.
+pytestmark = pytest.mark.xdist_group("faults")
 
 PLACES = {
     "mid-step": ("kill:update:10", ["step-000006"]),
@@ -43,6 +46,17 @@ def test_killed_at_a_place_and_repeated_ends_bit_identical(trainers, uninterrupt
     assert_same_result(tmp_path / "run", expected := uninterrupted(dropout, script))
     assert checkpoint_names(tmp_path / "run") == checkpoint_names(expected)
     assert {"step-000018", "step-000024"} <= set(checkpoint_names(expected))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_during_an_evaluation_nothing_is_lost_and_that_step_is_evaluated_once(
+    trainers, uninterrupted, tmp_path, number
+):
+    fault = f"kill:evaluation:{number}"
+    trainers.run(tmp_path / "run", "--fault", fault, save_every=0, expected=-signal.SIGKILL)
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{12 * number:06d}"
+    trainers.run(tmp_path / "run", save_every=0)
+    assert_same_result(tmp_path / "run", uninterrupted())
 
 
 def test_killed_while_it_exports_the_result_and_repeated(trainers, uninterrupted, tmp_path):
@@ -87,12 +101,12 @@ def test_one_of_two_launched_processes_is_killed_and_the_command_repeated(traine
 
 def test_a_trainer_whose_launcher_was_killed_saves_and_ends(trainers, uninterrupted, tmp_path):
     run = trainers.launch(tmp_path / "run", "--fault", "orphan:step:9")
-    [trainer] = wait_for(lambda: children(run.pid))
+    [trainer] = wait_for(lambda: trainers_of(run.pid))
     run.wait(-signal.SIGKILL)
     wait_for(lambda: not is_alive(trainer), what="the end of the trainer")
     assert "stopped by the end of its launcher after step 9" in run.output
     assert checkpoint_names(tmp_path / "run")[-1] == "step-000009"
-    config = str(REPOSITORY / "training/accelerate/cpu.yaml")
+    config = str(REPOSITORY / "training/launch/cpu.yaml")
     repeated = trainers.launch(tmp_path / "run", launcher=("--config_file", config), file=TRAIN_GPT)
     repeated.wait(0)
     assert "resuming from" in repeated.output
@@ -115,7 +129,7 @@ def test_random_kills_of_launched_runs(trainers, tmp_path):
         fault = f"kill:{choose.choice(['file', 'fsync', 'rename', 'rotation'])}:{choose.randint(1, 12)}"
         hooks = ["--fault", fault] if victim == "save" else []
         run = trainers.launch(tmp_path / "run", *hooks, dropout=0.1, **LONG)
-        [trainer] = wait_for(lambda: children(run.pid))  # noqa: B023
+        [trainer] = wait_for(lambda: trainers_of(run.pid))  # noqa: B023
         if victim != "save":
             wait_for(lambda: "vocabulary" in run.output, what="the start")  # noqa: B023
             time.sleep(choose.uniform(0, 0.8))

@@ -21,6 +21,8 @@ from tests.faults.processes import (
     read_metrics,
 )
 
+pytestmark = pytest.mark.xdist_group("processes")  # these tests share one run, so one worker runs them all
+
 CONFIGURATIONS = sorted((REPOSITORY / "training" / "accelerate").glob("*.yaml"))
 EVERY_STEP = {"log_every": 1}
 FSDP2 = {  # what the launcher makes of fsdp2_cpu.yaml
@@ -100,7 +102,7 @@ def test_a_configuration_parses_as_accelerate_reads_it(path):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"--config_file training/accelerate/{path.name}" in line for line in header)
+    assert any(f"--config_file training/launch/{path.name}" in line for line in header)
     args = launch_command_parser().parse_args(["--config_file", str(path), "training/train_gpt.py"])
     args, defaults, _ = _validate_launch_command(args)
     written = yaml.safe_load(path.read_text())
@@ -175,7 +177,7 @@ def test_a_compiled_run_saves_plain_names_and_any_process_resumes_it(trainers, s
 
 def test_two_machines(trainers, single, tmp_path):
     """The configuration of several nodes on loopback, one process on each."""
-    config = str(REPOSITORY / "training/accelerate/nodes.yaml")
+    config = str(REPOSITORY / "training/launch/nodes.yaml")
     launcher = ("--config_file", config, "--num_processes", "2", "--main_process_ip", "127.0.0.1")
     launcher += ("--main_process_port", str(free_port()))
     machines = [

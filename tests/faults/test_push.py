@@ -18,8 +18,10 @@ from hf_models.verify import write_checksums
 from tests.faults.processes import MODEL, files
 from tests.finished_run import PUBLISHED, write_run
 from tests.hub_server import Fault
-from training import hub_errors, results, train_gpt
-from training.publish import push
+from training import train_gpt
+from training.hub import errors as hub_errors
+from training.hub import finish
+from training.hub.publish import push, replace_code
 
 WHERE = {"repo_id": "me/gpt", "branch": "next", "tag": "v1"}  # with a branch and a tag, for all the requests there are
 
@@ -100,6 +102,26 @@ def test_each_request_fails_in_turn_until_the_command_gives_up_and_its_repetitio
         push(pushes.run, **WHERE)
         assert pushes.result() == pushes.expected, (number, method, path)
         assert files(pushes.run) == pushes.local, (number, method, path)
+
+
+@pytest.mark.parametrize("action", ["drop", "drop_after", "fail"])
+def test_each_request_that_replaces_code_is_interrupted_once_and_the_command_still_ends_well(hub, run, action):
+    def publish_and_replace(*faults):
+        shutil.rmtree(hub.repository("me/gpt").folder, ignore_errors=True)
+        push(run, "me/gpt")
+        hub.requests.clear()
+        hub.faults.extend(faults)
+        replace_code("me/gpt", tag="v1")
+        repository = hub.repository("me/gpt")
+        assert list(repository.tags.values()) == [repository.resolve("main")]
+        return [repository.files(commit["id"]) for commit in repository.log()]
+
+    expected = publish_and_replace()
+    requests = [(request.method, request.path) for request in hub.requests]
+    assert len(expected) == 3 and len(requests) >= 10
+    for number, request in enumerate(requests):
+        fault = Fault(action, request=number)
+        assert publish_and_replace(fault) == expected and fault.reached.is_set(), request
 
 
 def pattern(path: str) -> str:
@@ -198,7 +220,7 @@ def train(folder, monkeypatch, *flags, **options):
 
 
 def test_a_training_publishes_its_result_and_the_token_is_nowhere(hub, tmp_path, monkeypatch, everything_said):
-    monkeypatch.setattr(results, "MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr(finish, "MAX_SHARD_SIZE", "20KB")
     with pytest.raises(SystemExit) as refused:
         train(tmp_path / "run", monkeypatch, hub_model_id="you/gpt")
     said = everything_said()

@@ -20,6 +20,8 @@ from tests.faults.processes import (
     wait_for,
 )
 
+pytestmark = pytest.mark.xdist_group("faults")  # see test_kill.py
+
 
 def refuse(trainers, output_dir, *, env=None, **options) -> str:
     """The one line that a run is refused with."""

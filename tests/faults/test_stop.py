@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from tests.faults.processes import assert_same_result, checkpoint_names, children, files, is_alive, wait_for
+from tests.faults.processes import assert_same_result, checkpoint_names, files, is_alive, trainers_of, wait_for
+
+pytestmark = pytest.mark.xdist_group("faults")  # see test_kill.py
 
 # ---- signals ----
 
@@ -30,6 +32,26 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_the_same_step(trainers, 
     trainers.run_ranks(tmp_path / "expected", 2)
     first, second = trainers.run_ranks(tmp_path / "run", 2, "--fault", "terminate:step:9@1", expected=0)
     assert "stopped by another process after step 9" in first.output and not second.output
+    trainers.run_ranks(tmp_path / "run", 2)
+    assert_same_result(tmp_path / "run", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_that_step_is_evaluated_once(
+    trainers, uninterrupted, tmp_path, number
+):
+    stopped = trainers.run(tmp_path / "run", "--fault", f"terminate:evaluation:{number}", expected=0)
+    assert f"stopped by SIGTERM after step {12 * number}; the same" in stopped.output
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{12 * number:06d}"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    trainers.run(tmp_path / "run")
+    assert_same_result(tmp_path / "run", uninterrupted())
+
+
+def test_a_signal_during_an_evaluation_of_one_of_two_processes_stops_both(trainers, tmp_path):
+    trainers.run_ranks(tmp_path / "expected", 2)
+    first, _ = trainers.run_ranks(tmp_path / "run", 2, "--fault", "terminate:evaluation:1@1", expected=0)
+    assert "stopped by another process after step 12" in first.output
     trainers.run_ranks(tmp_path / "run", 2)
     assert_same_result(tmp_path / "run", tmp_path / "expected")
 
@@ -59,7 +81,7 @@ def test_ctrl_c_in_a_terminal_and_sigterm_of_the_launcher_save(trainers, tmp_pat
             run = launch(folder, *([processes] if processes > 1 else []), **long)
             wait_for(lambda: "vocabulary" in run.output, what="the start")  # noqa: B023
             time.sleep(2)
-            trainer_ids = children(run.pid)
+            trainer_ids = trainers_of(run.pid)
             send(run.pid)
             run.wait()
             wait_for(lambda: not any(map(is_alive, trainer_ids)), what="the end of the trainers")  # noqa: B023

@@ -26,8 +26,13 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_models import ZooGPTForCausalLM
-from training import checkpoint, loop, processes, results, shards, stream, text, train_gpt
-from training.documents import Corpus, Documents
+from training import train_gpt
+from training.data import shards
+from training.data.documents import Corpus, Documents
+from training.hub import finish
+from training.run import checkpoint, log, loop, processes
+from training.text import stream
+from training.text import tokens as text
 
 PLACES = {
     "step": (loop, "accumulate_gradients"),
@@ -36,8 +41,9 @@ PLACES = {
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "rotation": (checkpoint.Checkpoints, "_rotate"),
-    "log": (results.MetricsLog, "_write"),
-    "curves": (results, "curves"),  # near the end of the final export
+    "evaluation": (train_gpt, "take_turns"),
+    "log": (log.MetricsLog, "_write"),
+    "curves": (finish, "curves"),  # near the end of the final export
     "forward": (ZooGPTForCausalLM, "forward"),
     "clip": (Accelerator, "clip_grad_norm_"),
     "shard": (shards, "write_atomic"),

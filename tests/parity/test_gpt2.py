@@ -42,10 +42,23 @@ def test_outputs_are_those_of_the_stock_class(stock_gpt2, pair, fields, tokens, 
     asked = {"attention_mask": attention_mask, "output_hidden_states": True, "output_attentions": True}
     expected = stock(tokens.clamp(min=1) * attention_mask, **asked)
     actual = ours(tokens.clamp(min=1) * attention_mask, **asked)
-    assert list(actual) == [name for name in expected if name != "cross_attentions"]  # stock: an empty tuple
+    assert list(actual) == list(expected)
     assert_close(actual[0], expected[0], **SAME)
     assert_close(actual.hidden_states, expected.hidden_states, **SAME)
     assert_close(actual.attentions, expected.attentions, **SAME)
+
+
+@torch.no_grad()
+def test_token_types_do_what_they_do_in_the_stock_class(stock_gpt2, pair, tokens, load_as_ours):
+    stock_class, our_class = pair
+    stock = stock_gpt2(stock_class)
+    ours, tokens = load_as_ours(stock, our_class), tokens.clamp(min=1)
+    token_types = torch.randint(0, 64, tokens.shape)
+    assert_close(ours(tokens, token_type_ids=token_types)[0], stock(tokens, token_type_ids=token_types)[0], **SAME)
+    assert not torch.equal(ours(tokens, token_type_ids=token_types)[0], ours(tokens)[0])
+    if stock.can_generate():
+        settings = {"token_type_ids": token_types, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(ours.generate(tokens, **settings), stock.generate(tokens, **settings))
 
 
 def backward_with_labels(model, tokens, labels):
@@ -142,7 +155,6 @@ def test_a_model_of_ours_goes_to_stock_and_comes_back(make_gpt, our_class, token
     [
         {"scale_attn_weights": False},
         {"scale_attn_by_inverse_layer_idx": True},
-        {"add_cross_attention": True},
         {"reorder_and_upcast_attn": True},
     ],
     ids=str,
@@ -201,6 +213,66 @@ def test_gpt2_at_its_published_size_is_the_stock_class(load_as_ours, assert_same
     loss, expected_loss = (backward_with_labels(model, tokens, tokens) for model in (ours, stock))
     assert_close(loss, expected_loss, **SAME)
     assert_same_gradients(ours, stock)
+
+
+# ---------------------------------------------------------------------------------------------- with a source to read
+
+WITH_SOURCE = {"add_cross_attention": True}
+READS_A_SOURCE = ["model", "causal_lm"]  # the stock classifier takes no source
+
+
+@pytest.fixture
+def source():
+    """The states of an encoder (3, 7, D), of which the last two rows are padded, as a decoder's inputs."""
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [1]])).long()
+    return {"encoder_hidden_states": torch.randn(3, 7, 32), "encoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", READS_A_SOURCE)
+def test_a_decoder_with_a_source_goes_both_ways(stock_gpt2, name, tokens, source, load_as_ours):
+    stock_class, our_class = PAIRS[name]
+    stock = stock_gpt2(stock_class, **WITH_SOURCE)
+    ours = load_as_ours(stock, our_class)
+    asked = {"output_hidden_states": True, "output_attentions": True, **source}
+    expected, actual = stock(tokens, **asked), ours(tokens, **asked)
+    assert list(actual) == list(expected)
+    assert_close(actual[0], expected[0], **SAME)
+    for maps in ("hidden_states", "attentions", "cross_attentions"):
+        assert_close(actual[maps], expected[maps], **SAME)
+    assert_close(ours(tokens)[0], stock(tokens)[0], **SAME)  # without a source
+    again = ours.to_stock()
+    assert type(again) is stock_class and again.config.add_cross_attention
+    assert list(again.state_dict()) == list(stock.state_dict())
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in stock.state_dict().items())
+    again.set_attn_implementation("eager")
+    assert torch.equal(again(tokens, **source)[0], stock(tokens, **source)[0])
+
+
+def test_loss_and_gradients_with_a_source_are_those_of_the_stock_class(
+    stock_gpt2, tokens, source, load_as_ours, assert_same_gradients
+):
+    stock = stock_gpt2(**WITH_SOURCE)
+    ours = load_as_ours(stock, ZooGPTForCausalLM)
+    losses, of_the_source = [], []
+    for model in (ours, stock):
+        states = source["encoder_hidden_states"].clone().requires_grad_()
+        given = {**source, "encoder_hidden_states": states}
+        losses.append(model.train()(tokens, labels=tokens, **given).loss)
+        losses[-1].backward()
+        of_the_source.append(states.grad)
+    assert_close(*losses, **SAME)
+    assert_close(*of_the_source, **SAME)
+    assert_same_gradients(ours, stock)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}], ids=str)
+def test_generation_from_a_source_gives_the_tokens_of_the_stock_class(stock_gpt2, tokens, source, search, load_as_ours):
+    stock = stock_gpt2(**WITH_SOURCE)
+    ours = load_as_ours(stock, ZooGPTForCausalLM)
+    settings = {"max_new_tokens": 20, "do_sample": False, **search, **source}
+    expected = stock.generate(tokens[:, :5], **settings)
+    assert torch.equal(ours.generate(tokens[:, :5], **settings), expected)
+    assert torch.equal(ours.to_stock().generate(tokens[:, :5], **settings), expected)
 
 
 # ------------------------------------------------------------------------------------------------------- GPT-1

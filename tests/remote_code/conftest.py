@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import DetrImageProcessor, ViTImageProcessor
 
+from hf_models import ZooDetrImageProcessor, ZooViTImageProcessor
 from tests.families import CASES, family_of, inputs_for, tensors
 
 
@@ -36,7 +36,7 @@ def save(make_model, tokenizer, masking_tokenizer, sentences, tmp_path):
             its_tokenizer.save_pretrained(folder)
             expected["text"] = torch.tensor(its_tokenizer("to be").input_ids)
         else:
-            kind = DetrImageProcessor if "Detr" in name else ViTImageProcessor
+            kind = ZooDetrImageProcessor if "Detr" in name else ZooViTImageProcessor
             processor = kind(size={"height": 16, "width": 16})
             processor.save_pretrained(folder)
             picture = Image.effect_noise((40, 30), 64).convert("RGB")

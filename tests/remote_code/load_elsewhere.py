@@ -1,11 +1,14 @@
 """Run where neither this package nor a network can be had: checkpoints with their code alone.
 
     python -I load_elsewhere.py [--hub] [--at-once N] FOLDER...
+    python -I load_elsewhere.py --fixtures FOLDER...
 
 Each folder holds a checkpoint, and in expected.safetensors what the class that wrote it computed. With --hub a folder
 says in where.json which repository is opened in its place, {"name", "revision", "code_revision"}, and what `PUBLISHED`
 is in its code, {"published"}; then the Hub at HF_ENDPOINT can be had. With --at-once the last one is opened only once,
-but by N processes at the same time, before the others.
+but by N processes at the same time, before the others. With --fixtures each folder is a copy of one in
+tests/fixtures, with its code: outputs are compared to 1e-6, since they were computed on another machine, and tokens
+exactly.
 """
 
 import argparse
@@ -43,6 +46,7 @@ def on_loopback(connect):
 parser = argparse.ArgumentParser()
 parser.add_argument("--hub", action="store_true")
 parser.add_argument("--at-once", type=int, default=0)
+parser.add_argument("--fixtures", action="store_true")
 parser.add_argument("folders", nargs="+", type=Path)
 arguments = parser.parse_args()
 
@@ -54,8 +58,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, pipeline  # noqa: E402
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoTokenizer, pipeline  # noqa: E402
 from transformers.models.auto.auto_factory import _BaseAutoBackboneClass  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 PIPELINES = {
     "ForCausalLM": ("text-generation", "to be", {"max_new_tokens": 3}),
@@ -117,9 +122,13 @@ def check(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(source, **which)
         assert tokenizer("to be").input_ids == expected["text"].tolist()
     else:
-        processor = AutoImageProcessor.from_pretrained(source, **which)
         with Image.open(folder / "picture.png") as picture:
-            assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+            for backend in (None, "pil", "torchvision"):
+                processor = AutoImageProcessor.from_pretrained(source, backend=backend, **which)
+                assert type(processor).__module__.split(".")[-1] == "image_processing"
+                assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected["picture"])
+        processor.save_pretrained(again)
+        assert (again / "image_processing.py").read_bytes() == (folder / "image_processing.py").read_bytes()
     for ending, (task, given, settings) in PIPELINES.items():
         if architecture.endswith(ending):
             use = pipeline(task, model=source, device="cpu", **which, **settings)
@@ -148,6 +157,24 @@ def check_answers(model, expected):
     if "generated" in expected:
         generated = model.generate(expected["input_ids"], max_new_tokens=10, do_sample=False)
         assert torch.equal(generated, expected["generated"])
+
+
+def check_fixture(folder: Path):
+    """A fixture computes and generates what it did when it was written."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto_class = next(name for name, one in config.auto_map.items() if one.endswith(f".{config.architectures[0]}"))
+    opener, which = getattr(transformers, auto_class), {"trust_remote_code": True, "attn_implementation": "eager"}
+    model, inputs = opener.from_pretrained(folder, **which), load_file(folder / "inputs.safetensors")
+    assert type(model).__module__.startswith("transformers_modules.")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    for name, expected in load_file(folder / "outputs.safetensors").items():
+        torch.testing.assert_close(outputs[name], expected, rtol=1e-6, atol=1e-6)
+    if model.can_generate():
+        settings = {"greedy": {}, "beams": {"num_beams": 3}}  # as in make_fixtures.py
+        for name, expected in load_file(folder / "generated.safetensors").items():
+            generated = model.generate(**inputs, max_new_tokens=12, do_sample=False, **settings[name])
+            assert torch.equal(generated, expected), (name, generated, expected)
 
 
 def check_at_once(num_processes: int, folder: Path):
@@ -183,6 +210,6 @@ if __name__ == "__main__":
     if arguments.at_once:
         check_at_once(arguments.at_once, arguments.folders.pop())
     for folder in arguments.folders:
-        check(folder)
+        check_fixture(folder) if arguments.fixtures else check(folder)
     assert "hf_models" not in sys.modules
     print("all the same")

@@ -11,6 +11,8 @@ from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from tests.families import FAMILIES, every_family
+from tests.old_code import age
+from training.hub.publish import replace_code
 
 NOT_PUBLISHED = ["expected.safetensors", "picture.png", "where.json", "again/*"]
 
@@ -62,6 +64,17 @@ def test_a_pinned_revision_loads_its_weights_with_its_code(save, publish, load_e
     say_where(mixed, name="me/gpt", revision=commits["old"], code_revision=commits["new"], published="new")
     say_where(new, name="me/gpt", published="new")
     load_elsewhere("--hub", old, new, tagged, mixed)
+
+
+@torch.no_grad()
+def test_wrong_code_that_was_replaced_gives_the_right_answers(save, publish, load_elsewhere, hub):
+    folder = save("ZooGPTForCausalLM-gpt2")
+    age(folder)
+    publish(folder)
+    with pytest.raises(AssertionError, match="AssertionError: logits"):
+        load_elsewhere("--hub", folder)
+    replace_code(folder, f"me/{folder.name}")
+    load_elsewhere("--hub", folder)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from training.optim import EMA, create_optimizers, named_parameters
+from training.run.optim import EMA, create_optimizers, named_parameters
 
 
 class Block(nn.Module):

@@ -16,13 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_models
 from tests.training.cards import code_of
-from tests.training.test_tasks import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
-from training import finetune_bert, loop
-from training.arguments import parse_arguments
+from tests.training.tasks.test_read import CONTEXT, PAIRS, QUESTIONS, TAGGED, write_csv, write_json
+from training import finetune_bert
 from training.finetune_bert import FineTuningArguments, plan_steps
-from training.labelled import LabelledRows, weigh_classes
 from training.models import create_text_model
-from training.task_models import end_texts
+from training.run import loop
+from training.run.arguments import parse_arguments
 
 REAL_DATA = Path(os.environ.get("HF_MODELS_TEST_DATA", "not given"), "hf_fixtures")
 
@@ -200,24 +199,6 @@ def test_a_gpt_answers_at_the_end_of_a_text_with_and_without_a_mask(finetune, da
     assert torch.equal(masked, plain)
 
 
-def test_a_gpts_texts_end_with_the_token_that_is_asked(tokenizer):
-    ended = end_texts(tokenizer)
-    end = tokenizer.eos_token_id
-    one, other = tokenizer("ab")["input_ids"], tokenizer("c")["input_ids"]
-    assert ended("ab")["input_ids"] == [*one, end]
-    assert ended("ab", "c")["input_ids"] == [*one, end, *other, end]
-    assert ended("")["input_ids"] == [end]
-    assert ended("ab" * 50, truncation=True, max_length=10)["input_ids"][-1] == end
-    assert end_texts(ended)("ab")["input_ids"] == [*one, end]  # not twice
-    assert "token_type_ids" not in ended("ab")
-
-
-def test_the_end_of_text_is_kept_when_the_tokenizer_is_saved(tokenizer, tmp_path):
-    end_texts(tokenizer).save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again("ab", "c")["input_ids"] == end_texts(tokenizer)("ab", "c")["input_ids"]
-
-
 def test_a_stock_bert_is_the_start_with_its_own_tokenizer(finetune, data, tmp_path):
     finetune("classify", data["classify"], "--max_steps", "1", folder="tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -282,42 +263,6 @@ def test_a_head_of_another_size_is_replaced(finetune, data, tmp_path):
 # ------------------------------------------------------------------------------------------ the global batch, resuming
 
 
-def labelled_rows(count, **options):
-    rows = [{"input_ids": torch.arange(2 + number % 3).numpy(), "labels": number % 4} for number in range(count)]
-    return LabelledRows(rows, seed=1337, global_batch_size=8, pad_token_id=0, **options)
-
-
-def test_every_epoch_has_every_row_once_and_an_order_of_its_own():
-    data = labelled_rows(12)
-    drawn = [data.order[sample % 12] for sample in range(36) if data.row(sample)]
-    epochs = [drawn[first : first + 12] for first in (0, 12, 24)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [labelled_rows(12).row(sample)["labels"] for sample in (30, 3)] == [
-        data.row(sample)["labels"] for sample in (30, 3)
-    ]  # whatever was asked before
-
-
-def test_classes_weigh_in_the_normaliser():
-    weights = [1.0, 2.0, 0.5, 1.0]
-    plain, weighted = labelled_rows(12), labelled_rows(12, class_weights=weights)
-    batch = plain.batch(0, range(8))
-    assert plain.num_items(batch) == plain.num_units(batch) == 8
-    assert weighted.num_items(batch) == pytest.approx(sum(weights[label] for label in batch["labels"]))
-
-
-def test_balanced_weights_are_1_on_average_over_the_labels_even_without_one_of_the_classes():
-    labels = [0, 0, 0, 2, 2, 3]
-    weights = weigh_classes("balanced", ["a", "b", "c", "d"], [{"labels": label} for label in labels])
-    assert sum(weights[label] for label in labels) / len(labels) == pytest.approx(1.0)
-    assert weights == pytest.approx([2 / 3, 1.0, 1.0, 2.0])
-
-
-def test_a_number_to_predict_may_be_any_even_the_mark_of_labels_that_do_not_count():
-    data = labelled_rows(2)
-    assert data.num_items({"input_ids": torch.zeros(3, 2), "labels": torch.tensor([-100.0, 1.0, 2.0])}) == 3
-
-
 @pytest.mark.parametrize("task", MEASURE)
 def test_the_loss_does_not_depend_on_the_micro_batch(finetune, data, task, tmp_path):
     def losses(size):
@@ -380,9 +325,9 @@ def test_a_cooldown_is_compared_with_the_steps_of_the_epochs():
 
 def test_evaluation_measures_every_row_once_whatever_its_batches(finetune, data, monkeypatch):
     seen = []
-    measure = finetune_bert.Validation.results
+    measure = finetune_bert.TaskValidation.results
     monkeypatch.setattr(
-        finetune_bert.Validation, "results", lambda self, found: seen.append(found) or measure(self, found)
+        finetune_bert.TaskValidation, "results", lambda self, found: seen.append(found) or measure(self, found)
     )
     results = [
         finetune("classify", data["classify"], "--max_steps", "1", "--eval_batch_size", size, folder=f"run-{size}")

@@ -11,9 +11,8 @@ import pytest
 import hf_models
 from tests.training.cards import assert_valid_header
 from tests.training.test_recipes import RECIPES, arguments_of, header_of
-from training.arguments import recipe_fingerprint
-from training.card import LARGEST_PICTURE, export
-from training.models import is_checkpoint
+from training.hub.card import LARGEST_PICTURE, export
+from training.run.arguments import is_checkpoint, recipe_fingerprint
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "model_cards"

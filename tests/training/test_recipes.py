@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 import hf_models
-from training.arguments import parse_arguments
 from training.finetune_bert import FineTuningArguments
-from training.models import is_checkpoint
-from training.tasks import BENCHMARKS
+from training.run.arguments import is_checkpoint, parse_arguments
+from training.tasks.read import BENCHMARKS
 from training.train_bert import BertArguments
 from training.train_detr import DetrArguments
 from training.train_gpt import GPTArguments

@@ -13,8 +13,8 @@ import torch
 
 from tests.training.corpora import LINES, write_jsonl, write_text
 from training import train_bert, train_gpt
-from training.documents import read_documents, stream_corpus
-from training.tokenizer import make_tokenizer
+from training.data.documents import read_documents, stream_corpus
+from training.text.tokenizer import make_tokenizer
 from training.train_bert import BertArguments, Validation
 
 SCRIPTS = {

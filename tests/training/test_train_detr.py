@@ -21,9 +21,12 @@ import hf_models
 from tests.faults.processes import draw_shapes
 from tests.training.cards import code_of
 from training import train_detr
-from training.arguments import parse_arguments
-from training.models import create_image_model, edges_of
+from training.models import create_image_model
+from training.processors import edges_of
+from training.run.arguments import parse_arguments
 from training.train_detr import DetrArguments, choose_edges, choose_normalisation
+
+pytestmark = pytest.mark.xdist_group("train_detr")  # these tests share one run, so one worker runs them all
 
 TINY = "hidden_size=16,num_attention_heads=2,intermediate_size=16,num_encoder_layers=1,num_decoder_layers=1"
 TINY += ",num_queries=6,num_denoising_groups=1"

@@ -17,11 +17,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 import hf_models
 from tests.training.cards import code_of
 from training import train_vit
-from training.augment import Augmentation
-from training.image_batches import ImageBatches, SelectedRows, channel_statistics, choose_labelled
-from training.image_validation import ClassValidation
-from training.images import read_images
-from training.models import create_image_model, create_image_processor, normalisation_of
+from training.images.read import read_images
+from training.models import create_image_model
+from training.processors import normalisation_of
+
+pytestmark = pytest.mark.xdist_group("train_vit")  # these tests share one run, so one worker runs them all
 
 TINY = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,patch_size=4"
 TINY_DECODER = ",decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"
@@ -30,8 +30,6 @@ MODELS = {
     "classify": {"model": "vit-mini-patch4-28", "config": TINY, "image_size": 8},
     "mae": {"model": "vit-mae-mini-patch4-28", "config": TINY + TINY_DECODER, "image_size": 8},
 }
-EVERYTHING = {"crop_scale": (0.3, 1.0), "translate": 1, "rand_augment_ops": 2, "color_jitter": 0.3, "erasing": 0.5}
-EVERYTHING |= {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
 
 
 def run(folder, monkeypatch, objective="classify", **options) -> str:
@@ -60,87 +58,6 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits():
     return read_images("embedded")
-
-
-def make_augmentation(**options) -> Augmentation:
-    options = {"seed": 1, "global_batch_size": 8, "image_size": 8, "mean": [0.3], "std": [0.4], **options}
-    return Augmentation(**options)
-
-
-# ---- batches ----
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_batch_is_the_same_in_parts_and_after_any_other(digits, size):
-    data = ImageBatches(digits.train, make_augmentation(num_labels=10, **EVERYTHING), max_steps=100)
-    masked = ImageBatches(digits.train, make_augmentation(), 100, num_masked=3, num_patches=4)
-    for batches in (data, masked):
-        whole = batches.batch(5, range(8))
-        parts = [batches.batch(5, range(first, first + size)) for first in range(0, 8, size)]
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, torch.cat([part[name] for part in parts])), name
-        changed = [batches.augment(dict(part)) for part in parts]
-        for name, tensor in batches.augment(dict(whole)).items():
-            torch.testing.assert_close(tensor, torch.cat([part[name] for part in changed]), rtol=0, atol=1e-6)
-    assert masked.num_items(whole) == 8 * 3 and data.num_items(whole) == data.num_units(whole) == 8
-
-
-def test_every_epoch_has_every_image_in_an_order_of_its_own(digits):
-    rows = SelectedRows(digits.train, np.arange(0, 160, 10))
-    data = ImageBatches(rows, make_augmentation(), max_steps=4)
-    places = [data.plan(step, range(8))[0] for step in range(4)]
-    epochs = [np.concatenate(places[:2]), np.concatenate(places[2:])]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(16))] * 2
-    assert epochs[0].tolist() != epochs[1].tolist()
-    assert torch.equal(rows.images(np.array([3]), size=(8, 8)), digits.train.images(np.array([30]), size=(8, 8)))
-
-
-def test_a_part_of_the_labels_has_its_part_of_each_class_and_lies_within_a_larger_part():
-    labels = np.repeat([0, 1, 2], [200, 50, 1])
-    few, many = (choose_labelled(labels, fraction, seed=3) for fraction in (0.02, 0.5))
-    assert np.bincount(labels[few]).tolist() == [4, 1, 1] and np.bincount(labels[many]).tolist() == [100, 25, 1]
-    assert set(few) < set(many) and (np.diff(many) > 0).all()
-    assert choose_labelled(labels, 0.02, seed=3).tolist() == few.tolist()
-    assert choose_labelled(labels, 0.02, seed=4).tolist() != few.tolist()
-
-
-def test_images_are_normalised_by_the_statistics_of_the_data(digits):
-    mean, std = channel_statistics(digits.train, (8, 8), count=10_000)
-    pixels = make_augmentation(mean=mean, std=std).normalize(digits.train.images(np.arange(1437), size=(8, 8)))
-    assert abs(pixels.mean()) < 1e-3 and abs(pixels.std() - 1) < 1e-3
-
-
-# ---- evaluation ----
-
-
-class Reader(torch.nn.Module):
-    """Tells the class that is written into the first pixel, and gets every fourth wrong."""
-
-    def forward(self, pixel_values):
-        classes = (pixel_values[:, 0, 0, 0] * 255).round().long()
-        wrong = classes % 4 == 3
-        return SimpleNamespace(logits=torch.eye(8)[classes - wrong.long()] * 5)
-
-
-@pytest.mark.parametrize("num_processes", [1, 3])
-def test_every_image_is_measured_once_whatever_the_batches_and_processes(num_processes, monkeypatch):
-    from training import image_validation
-    from training.image_rows import ArrayRows
-
-    labels = np.arange(40) % 8
-    pixels = np.broadcast_to(labels[:, None, None, None], (40, 1, 4, 4)).astype(np.uint8)
-    rows = ArrayRows(pixels, labels, num_channels=1)
-    augmentation = make_augmentation(mean=[0.0], std=[1.0], image_size=4)
-    found = []
-    monkeypatch.setattr(image_validation, "gather_object", lambda mine: found.extend(mine) or found)
-    for rank in range(num_processes):  # the last one sees what all of them found
-        accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes, device=torch.device("cpu"))
-        validation = ClassValidation(accelerator, rows, [*"abcdefgh"], augmentation, batch_size=9)
-        results = validation.measure(Reader())
-    assert results["eval_accuracy"] == 0.75 and results["eval_top5_accuracy"] == 1
-    measured, pictures = validation.look_closer(None, results)
-    assert measured["eval_per_class_accuracy"] == {**dict.fromkeys("abcefg", 1.0), "d": 0.0, "h": 0.0}
-    assert set(pictures) == {"confusion_matrix.png", "example.png"}
 
 
 # ---- what a run leaves ----
@@ -204,22 +121,6 @@ def test_stock_checkpoints_are_gone_on_from(tmp_path, kind):
     )
     assert model(torch.zeros(1, 1, 16, 16)).logits.shape == (1, 2)
     assert normalisation_of(str(tmp_path), 1) is None
-
-
-@pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("size", [(12, 12), (8, 12)])
-def test_the_image_processor_prepares_an_image_as_the_evaluation_does(size, num_channels, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, size=(*size, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert("L" if num_channels == 1 else "RGB")
-    mean, std = [0.1, 0.2, 0.3][:num_channels], [0.2, 0.3, 0.4][:num_channels]
-    processor = create_image_processor(size, mean, std)
-    expected = torch.from_numpy(np.array(image)).view(*size, -1).permute(2, 0, 1)[None]
-    expected = make_augmentation(image_size=size, mean=mean, std=std).normalize(expected)
-    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values, expected)
-    assert processor(image.resize((40, 30)), return_tensors="pt").pixel_values.shape == (1, num_channels, *size)
-    if num_channels == 1:  # as a pipeline opens it
-        colours = processor(image.convert("RGB"), return_tensors="pt").pixel_values
-        torch.testing.assert_close(colours, expected.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["mae", "classify"])
