@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.interface import BESIDES, describe, find, imported_names
+from tests.interface import describe, find, imported_names
 
 
 def test_every_name_that_a_file_here_imports_is_there():

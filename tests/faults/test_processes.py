@@ -149,7 +149,8 @@ def test_processes_agree_when_to_stop_and_end_with_the_best_weights(trainers, tm
     best = ("--best_at", "12")
     first, second = trainers.run_ranks(tmp_path / "expected", 2, *best, **options)
     assert "stopped early, after step 18" in first.output and "stopped early" not in second.output
-    assert checkpoint_names(tmp_path / "expected") == ["step-000012", "step-000018"]
+    # The best one, and the two newest: each evaluated step is saved first.
+    assert checkpoint_names(tmp_path / "expected") == ["step-000012", "step-000015", "step-000018"]
     result = load_file(tmp_path / "expected/model.safetensors")
     kept = load_file(tmp_path / f"expected/checkpoints/step-000012/{'ema' if ema_decay else 'model'}.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in result.items())

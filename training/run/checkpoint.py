@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.run.folder import TEMPORARY, file_record, fsync, temporary_beside, write_durably
@@ -353,6 +354,9 @@ def restore_training_state(
     """
     distributed = dist.is_available() and dist.is_initialized()
     reads = not distributed or dist.get_rank() == 0
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the outermost module still holds whole weights
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
     set_model_state_dict(model, checkpoint.tensors("model") if reads else {}, options=options)
     if not optimizers:
