@@ -52,11 +52,14 @@ PASSED_ON = frozenset(
         # From callers, to flash and flex attention.
         "deterministic",
         "kernel_options",
-        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too.
+        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too, and before 5.19
+        # `max_seqlen_q` and `max_seqlen_k` for `max_length_q` and `max_length_k`.
         "block_table",
         "cache",
         "logits_indices",
         "logits_processor_args",
+        "max_seqlen_k",
+        "max_seqlen_q",
         "read_index",
         "write_index",
     }
