@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from training.images.augment import Augmentation
-from training.images.rows import ImageRows
+from training.images.rows import ArrayRows, ImageRows, central_box
 from training.run.seeds import generator, seed_from
 
 MASKS, LABELS = 1, 2  # purposes of a seed, besides the order of the images and the draws of `Augmentation`
@@ -107,6 +107,9 @@ def choose_labelled(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 def channel_statistics(rows: ImageRows, size: tuple[int, int], count: int = 1024) -> tuple[list[float], list[float]]:
     """Measures mean and standard deviation of each channel, as fractions of 255, over `count` evenly spread images."""
     indices = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
-    pixels = rows.images(indices, size=size).double() / 255
+    boxes = None
+    if isinstance(rows, ArrayRows) and rows.pixels.shape[2:] != size:  # resized as in training
+        boxes = central_box(rows.pixels.shape[2:], size).repeat(len(indices), 0)
+    pixels = rows.images(indices, boxes, size=size).double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     return [round(value, 4) for value in mean.tolist()], [max(round(value, 4), 1e-3) for value in std.tolist()]

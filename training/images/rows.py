@@ -160,6 +160,14 @@ class ArrayRows(ImageRows):
         return pixels.expand(-1, self.num_channels, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
+def central_box(shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Returns the box (1, 4) of the largest part in the middle of an image that has the shape of `size`."""
+    height, width = shape
+    scale = max(size[0] / height, size[1] / width)
+    across, down = size[1] / scale / width, size[0] / scale / height
+    return np.array([[(1 - across) / 2, (1 - down) / 2, across, down]])
+
+
 def resize(pixels: Tensor, boxes: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Cuts and resizes (B, C, H, W) uint8 to (B, C, h, w), bicubic with antialiasing; see `ImageRows.images`."""
     height, width = pixels.shape[2:]

@@ -58,3 +58,9 @@ def test_images_are_normalised_by_the_statistics_of_the_data(digits):
     mean, std = channel_statistics(digits.train, (8, 8), count=10_000)
     pixels = make_augmentation(mean=mean, std=std).normalize(digits.train.images(np.arange(1437), size=(8, 8)))
     assert abs(pixels.mean()) < 1e-3 and abs(pixels.std() - 1) < 1e-3
+
+
+def test_statistics_are_those_of_images_resized_as_in_training():
+    """They are part of what makes a run this run, so another way to resize would keep old runs from going on."""
+    digits = read_images("embedded", seed=1337)
+    assert channel_statistics(digits.train, (28, 28)) == ([0.3089], [0.3502])
