@@ -52,13 +52,12 @@ PASSED_ON = frozenset(
         # From callers, to flash and flex attention.
         "deterministic",
         "kernel_options",
-        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too, and before 5.19
-        # `max_seqlen_q` and `max_seqlen_k` for `max_length_q` and `max_length_k`.
+        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too.
         "block_table",
         "cache",
         "logits_indices",
         "logits_processor_args",
-        "max_seqlen_k",
+        "max_seqlen_k",  # before 5.19
         "max_seqlen_q",
         "read_index",
         "write_index",
@@ -426,7 +425,7 @@ class TextModel(TransformerModel):
 
     def choose_cache(self, cache, past_key_values):
         """Returns the cache that was given under either name; raises a `ValueError` if both names were used."""
-        if cache is not None and past_key_values is not None:
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
         return past_key_values if cache is None else cache
 

@@ -273,6 +273,11 @@ class ZooGPTForCausalLM(SharesSource, ZooGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, *args, **kwargs):
+        """As in transformers; a cache may have either of its names on every version."""
+        cache = self.choose_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
+
     @can_return_tuple
     def forward(
         self,

@@ -39,6 +39,8 @@ class PixelReader:
         """
         if not isinstance(image, Image.Image):
             pixels = np.asarray(image)
+            if np.issubdtype(pixels.dtype, np.integer) and pixels.size and 0 <= pixels.min() <= pixels.max() <= 255:
+                pixels = pixels.astype(np.uint8)
             if pixels.dtype != np.uint8:
                 raise ValueError(f"an image is an array of {pixels.dtype}: give uint8, from 0 to 255, or a PIL image")
             if pixels.ndim == 2:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import ContinuousBatchingConfig, GenerationConfig, StaticCache, pipeline
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache, pipeline
 
 from hf_models import ZooGPTForSequenceClassification
 from tests.families import FAMILIES
@@ -62,7 +62,19 @@ def test_the_cache_has_both_of_its_names_on_every_version(make_gpt, model_class,
         assert getattr(outputs, read) is cache and cache.get_seq_length() == 12
         assert_close(outputs[0], expected if expected.ndim == 2 else expected[:, 7:], **SAME)
     with pytest.raises(ValueError, match="cache and past_key_values"):
-        model(tokens, cache=cache, past_key_values=cache)
+        model(tokens, cache=cache, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_goes_on_from_a_cache_of_either_name(make_gpt, name, num_beams, tokens):
+    model, settings = make_gpt(), {**GREEDY, "num_beams": num_beams}
+    expected = model.generate(tokens[:1], **settings)
+    empty = DynamicCache(config=model.config)
+    assert torch.equal(model.generate(tokens[:1], **{name: empty}, **settings), expected)
+    if num_beams == 1:
+        cache = model(tokens[:1, :7], use_cache=True).cache
+        assert torch.equal(model.generate(tokens[:1], **{name: cache}, **settings), expected)
 
 
 def test_no_warning_of_ours_on_any_version(make_gpt, tokens):
