@@ -314,3 +314,9 @@ def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def checkpoint_activations(model, use_reentrant: bool):
+    """Makes a model compute its activations again in the backward pass; before transformers 5.23 by another name."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_models import ZooGPTConfig, ZooGPTForSequenceClassification
-from tests.families import MODERN, gradients
+from tests.families import MODERN, checkpoint_activations, gradients
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_gives_the_source_the_same_gradients(make_gpt, fi
     model = make_gpt(**fields).train()
     given = source(model)
     expected = gradients_of_a_step(model, tokens, given)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     calls = calls_of(model, "0.cross_attention")
     assert_close(gradients_of_a_step(model, tokens, given), expected, **SAME)
     assert len(calls) == 2  # once forward and once again for the backward pass

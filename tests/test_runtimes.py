@@ -23,6 +23,7 @@ from tests.families import (
     MAIN_CASES,
     ONE_GRAPH,
     WITH_A_HEAD,
+    checkpoint_activations,
     every_family,
     every_family_of_one_stack,
     every_family_of_text,
@@ -220,7 +221,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, case, use_r
     model, inputs = make_model(case.model_class, **case.fields).train(), inputs_and_labels_for(case.model_class)
     model(**inputs).loss.backward()
     expected = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     calls = []
     attention = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))
     attention.register_forward_hook(lambda *_: calls.append(1))

@@ -23,7 +23,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_models import ZooViTBackbone, ZooViTConfig, ZooViTForImageClassification, ZooViTModel, __version__
 from hf_models.positions import sinusoidal_encoding_2d
-from tests.families import VIT_OPTIONS, gradients
+from tests.families import VIT_OPTIONS, checkpoint_activations, gradients
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 POSITIONS = pytest.mark.parametrize("positions", ["learned", "learned_2d", "sinusoidal", "rotary"])
@@ -417,7 +417,7 @@ def test_one_seed_drops_the_same_paths_again_and_another_seed_others(make_vit, u
     first, other = step(1), step(2)
     assert not torch.equal(first["loss"], other["loss"])
     assert_close(step(1), first, rtol=0, atol=0)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})  # computed again, dropped alike
+    checkpoint_activations(model, use_reentrant)  # computed again, dropped alike
     assert_close(step(1), first, **SAME)
 
 
