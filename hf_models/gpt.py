@@ -332,6 +332,11 @@ class ZooGPTForCausalLM(SharesSource, ZooGPTPreTrainedModel, GenerationMixin):
             encoder_attention_mask=encoder_attention_mask,
             **kwargs,
         )
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
+            raise ValueError(
+                f"logits_to_keep is a tensor of {logits_to_keep.ndim} dimensions: give a number, or one list of "
+                "positions for all rows"
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
         if return_logits is None:

@@ -247,3 +247,11 @@ def test_classification_loss(make_gpt, tokens, problem_type, named):
         "regression": lambda: ((logits[:, 0] - labels) ** 2).mean(),
     }[problem_type]()
     assert_close(outputs.loss, expected, check_dtype=False, **SAME)
+
+
+def test_positions_to_keep_that_differ_by_row_are_refused(make_gpt, tokens):
+    model = make_gpt()
+    assert model(tokens, logits_to_keep=torch.tensor([1, 3])).logits.shape == (3, 2, 64)
+    for kept in (torch.tensor([[1, 3]] * 3), torch.ones(3, 12, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            model(tokens, logits_to_keep=kept)
