@@ -6,6 +6,7 @@ The commit names as its parent the commit that it was compared with, so that two
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Plan:
         return [f"  {what:9} {size:>14}  {name}" for name, what, size in sorted(lines)]
 
 
-class Commit:
+class Commit(ABC):
     """One commit on a branch of a repository, made safely. A subclass says in `compare` what the commit contains."""
 
     title: str
@@ -86,9 +87,9 @@ class Commit:
         self.is_tagged(plan)
         return plan
 
+    @abstractmethod
     def compare(self, revision: str) -> Plan:
         """Returns what has to change in the repository at `revision`."""
-        raise NotImplementedError
 
     def look(self, revision: str) -> tuple[str, dict[str, RepoFile]]:
         """Returns the commit at `revision` and its files."""
