@@ -335,6 +335,30 @@ def test_a_signal_during_an_evaluation_ends_the_run_and_the_next_one_evaluates_t
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "expected")
 
 
+def test_a_run_of_version_0_1_goes_on_and_measures_nothing_twice(tmp_path):
+    """That version evaluated a step before it saved it, and its checkpoints have no `evaluated_step`."""
+
+    def stop_at_6(step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    expected = train_line(tmp_path / "expected", monitor=None)
+    with pytest.raises(SystemExit):
+        train_line(tmp_path / "run", monitor=None, evaluating=stop_at_6)
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    path = checkpoints.path(6)
+    state = checkpoints.load(path).state
+    tensors = {file.stem: checkpoints.load(path).tensors(file.stem) for file in path.glob("*.safetensors")}
+    for name in ("evaluated_step", "learning_rate", "gradient_norm"):
+        del state["progress"][name]
+    shutil.move(path, tmp_path / "new")
+    checkpoints.save(6, tensors, state)
+    measured = []
+    assert train_line(tmp_path / "run", monitor=None, evaluating=measured.append) == expected
+    assert measured == [8, 10, 12]
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "expected")
+
+
 # ---- the best evaluation ----
 
 
