@@ -12,9 +12,10 @@ def main(pattern: str = "*"):
     names = list_models(pattern)
     if not names:
         sys.exit(f"no model matches {pattern!r}")
-    print(f"{'name':<20} {'parameters':>16}  paper")
+    width = max(map(len, names))
+    print(f"{'name':<{width}} {'parameters':>14}  paper")
     for name in names:
-        print(f"{name:<20} {count_parameters(name):>16,}  {ZOO[name].paper}")
+        print(f"{name:<{width}} {count_parameters(name):>14,}  {ZOO[name].paper}")
     print(
         f"\nhf_models {ZOO_VERSION}, tested with transformers {', '.join(TESTED_TRANSFORMERS)}; "
         f"{transformers.__version__} is installed"
