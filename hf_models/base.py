@@ -52,9 +52,12 @@ PASSED_ON = frozenset(
         # From callers, to flash and flex attention.
         "deterministic",
         "kernel_options",
-        # From continuous batching, to paged attention; before transformers 5.24 its `cache` too.
+    }
+)
+# A model that generates also passes these on, from continuous batching to paged attention.
+PASSED_ON_IN_GENERATION = frozenset(
+    {
         "block_table",
-        "cache",
         "logits_indices",
         "logits_processor_args",
         "max_seqlen_k",  # before 5.19
@@ -133,6 +136,7 @@ class ZooModel(PreTrainedModel):
     """The base class of all models: initialisation, checks of keyword arguments, saving, conversion to stock."""
 
     _can_compile_fullgraph = True
+    passed_on = PASSED_ON
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -144,8 +148,8 @@ class ZooModel(PreTrainedModel):
     def check_keywords(self, keywords):
         """Raises a `ValueError` for a keyword argument that neither this model nor the code it calls reads."""
         for name in keywords:
-            if name not in PASSED_ON:
-                known = {*PASSED_ON, *inspect.signature(self.forward).parameters} - {"kwargs"}
+            if name not in self.passed_on:
+                known = {*self.passed_on, *inspect.signature(self.forward).parameters} - {"kwargs"}
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ": leave it out"
                 raise ValueError(f"{type(self).__name__} has no use for the keyword argument {name!r}{hint}")
@@ -430,7 +434,7 @@ class TextModel(TransformerModel):
         return past_key_values if cache is None else cache
 
     def make_output(self, output_class, cache, **fields):
-        """Makes an output whose cache can be read under both names on every version of transformers."""
+        """Makes an output whose cache is an attribute of both names on every version of transformers."""
         output = output_class(**fields, **{CACHE_NAME: cache})
         if CACHE_NAME != "cache":
             output.cache = cache

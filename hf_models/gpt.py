@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .base import CACHE_NAME, TextConfig, TextModel
+from .base import CACHE_NAME, PASSED_ON, PASSED_ON_IN_GENERATION, TextConfig, TextModel
 from .beams import SharesSource, with_source
 from .layers import DECODER_OUTPUTS, TransformerStack, make_norm
 from .losses import classification_loss, head_loss
@@ -114,6 +114,7 @@ class ZooGPTPreTrainedModel(TextModel):
     config_class = ZooGPTConfig
     stock_class_name: ClassVar[str]
     _can_record_outputs = DECODER_OUTPUTS
+    passed_on = PASSED_ON | PASSED_ON_IN_GENERATION
     base_model_prefix = "transformer"
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # GPT-2's saved causal masks
 
@@ -436,7 +437,27 @@ class ZooGPTForSequenceClassification(ZooGPTPreTrainedModel):
         )
 
 
-# Renames stock GPT-2 keys in both directions. GPT-2 stores each matrix transposed, and joins query, key and value.
+def fused(stock: str, ours: str, names: str) -> list[WeightConverter]:
+    """The projections that GPT-2 stores as one matrix, transposed, and one bias."""
+    return [
+        WeightConverter(
+            rf"{stock}\.{kind}",
+            [rf"{ours}\.{name}_proj\.{kind}" for name in names],
+            operations=[*transpose, Chunk(dim=0)],
+        )
+        for kind, transpose in (("weight", [Transpose(0, 1)]), ("bias", []))
+    ]
+
+
+def transposed(stock: str, ours: str) -> list[WeightConverter | WeightRenaming]:
+    """A linear layer whose matrix GPT-2 stores transposed."""
+    return [
+        WeightConverter(rf"{stock}\.weight", rf"{ours}\.weight", operations=[Transpose(0, 1)]),
+        WeightRenaming(rf"{stock}\.bias", rf"{ours}\.bias"),
+    ]
+
+
+# Renames stock GPT-2 keys in both directions.
 register_checkpoint_conversion_mapping(
     ZooGPTConfig.model_type,
     [
@@ -447,40 +468,13 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"\.ln_2\.", r"\.feed_forward_norm\."),
         WeightRenaming(r"\.ln_cross_attn\.", r"\.cross_attention_norm\."),
         WeightRenaming(r"ln_f\.", r"(?<!\w)norm\."),
-        WeightConverter(
-            r"\.attn\.c_attn\.weight",
-            [rf"\.attention\.{name}_proj\.weight" for name in "qkv"],
-            operations=[Transpose(0, 1), Chunk(dim=0)],
-        ),
-        WeightConverter(
-            r"\.attn\.c_attn\.bias",
-            [rf"\.attention\.{name}_proj\.bias" for name in "qkv"],
-            operations=[Chunk(dim=0)],
-        ),
-        WeightConverter(
-            r"\.crossattention\.c_attn\.weight",
-            [rf"\.cross_attention\.{name}_proj\.weight" for name in "kv"],
-            operations=[Transpose(0, 1), Chunk(dim=0)],
-        ),
-        WeightConverter(
-            r"\.crossattention\.c_attn\.bias",
-            [rf"\.cross_attention\.{name}_proj\.bias" for name in "kv"],
-            operations=[Chunk(dim=0)],
-        ),
-        WeightConverter(
-            r"\.crossattention\.q_attn\.weight", r"\.cross_attention\.q_proj\.weight", operations=[Transpose(0, 1)]
-        ),
-        WeightRenaming(r"\.crossattention\.q_attn\.bias", r"\.cross_attention\.q_proj\.bias"),
-        WeightConverter(
-            r"\.crossattention\.c_proj\.weight", r"\.cross_attention\.o_proj\.weight", operations=[Transpose(0, 1)]
-        ),
-        WeightRenaming(r"\.crossattention\.c_proj\.bias", r"\.cross_attention\.o_proj\.bias"),
-        WeightConverter(r"\.attn\.c_proj\.weight", r"\.attention\.o_proj\.weight", operations=[Transpose(0, 1)]),
-        WeightRenaming(r"\.attn\.c_proj\.bias", r"\.attention\.o_proj\.bias"),
-        WeightConverter(r"\.mlp\.c_fc\.weight", r"\.feed_forward\.up_proj\.weight", operations=[Transpose(0, 1)]),
-        WeightRenaming(r"\.mlp\.c_fc\.bias", r"\.feed_forward\.up_proj\.bias"),
-        WeightConverter(r"\.mlp\.c_proj\.weight", r"\.feed_forward\.down_proj\.weight", operations=[Transpose(0, 1)]),
-        WeightRenaming(r"\.mlp\.c_proj\.bias", r"\.feed_forward\.down_proj\.bias"),
+        *fused(r"\.attn\.c_attn", r"\.attention", "qkv"),
+        *fused(r"\.crossattention\.c_attn", r"\.cross_attention", "kv"),
+        *transposed(r"\.crossattention\.q_attn", r"\.cross_attention\.q_proj"),
+        *transposed(r"\.crossattention\.c_proj", r"\.cross_attention\.o_proj"),
+        *transposed(r"\.attn\.c_proj", r"\.attention\.o_proj"),
+        *transposed(r"\.mlp\.c_fc", r"\.feed_forward\.up_proj"),
+        *transposed(r"\.mlp\.c_proj", r"\.feed_forward\.down_proj"),
     ],
     overwrite=True,
 )

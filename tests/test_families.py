@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 import hf_models
 from hf_models.matching import count_items
@@ -185,6 +185,10 @@ def test_a_keyword_that_nobody_reads_is_refused(make_model, case):
             model(**given, cached_keys=None)
     with pytest.raises(ValueError, match=r"did you mean '?output_attentions"):
         model(**inputs, output_attention=True)
+    if "GPT" not in case.model_class.__name__:  # an encoder has no use for what a decoder reads
+        for name in ("cache", "past_key_values", "block_table"):
+            with pytest.raises(ValueError, match=f"'{name}'"):
+                model(**inputs, **{name: DynamicCache()})
 
 
 @every_family_of_text
